@@ -1,0 +1,126 @@
+"""Contracts of the C extension; ``twin`` keeps the same ones.
+
+Buffers are C-contiguous and one-dimensional. "ids" are int32 or int64, "addresses" and strides int64. Addresses are the caller's
+word: the caller guarantees that the memory behind them is mapped and stays so until the call returns. Ids are copied before they are
+checked, so changing them from another thread meanwhile is harmless. Calls that move or hash more than some tens of KiB drop the GIL.
+"""
+
+from collections.abc import Sequence
+
+from typing_extensions import Buffer
+
+INSTRUCTIONS: str
+"""The instructions that were chosen at import: "avx512", "sse42" or "generic"."""
+
+def hash_blocks(parent: Buffer, tokens: Buffer, tokens_per_block: int) -> bytes:
+    """Keys of the full blocks of ``tokens``: key_i = XXH3_128(key_{i-1} || tokens of block i as int32 little-endian).
+
+    parent: the 16 bytes before the first block. tokens: int32 or int64, shape [tokens]; both give the same keys; an int64 token out
+    of int32's range is a ValueError. Digests are canonical (big-endian), as of python-xxhash. The tail that fills no block is dropped.
+    """
+
+def pack_tokens(tokens: Sequence[int] | Buffer, start: int, stop: int) -> bytes:
+    """tokens[start:stop] as int32 little-endian bytes.
+
+    Quick for lists, tuples and int32/int64 buffers; another sequence is sliced first. ValueError for a token out of int32's range
+    and for start and stop that are not 0 <= start <= stop <= len(tokens).
+    """
+
+def crc32c(data: Buffer, crc: int = 0) -> int:
+    """CRC32C (Castagnoli, RFC 3720) of data; ``crc`` is the value of what came before, so crc32c(b, crc32c(a)) == crc32c(a + b)."""
+
+def crc32c_slots(
+    base_addr: int,
+    slot_bytes: int,
+    offset: int,
+    length: int,
+    slots: Buffer,
+    keys: Buffer,
+    out: Buffer,
+) -> None:
+    """out[i] = crc32c(the bytes at base_addr + slots[i] * slot_bytes + offset, of this length, seeded with crc32c(key_i)).
+
+    slots: ids, shape [n], not negative. keys: 16 * n bytes. out: uint32, shape [n]. offset + length may not exceed slot_bytes.
+    """
+
+def gather(
+    segment_addrs: Buffer,
+    block_strides: Buffer,
+    piece_bytes: int,
+    blocks: Buffer,
+    block_count: int,
+    slot_base: int,
+    slot_stride: int,
+    slots: Buffer,
+    slot_count: int,
+    blocks_per_slot: int = 1,
+    shard_offset: int = 0,
+) -> None:
+    """Copy paged blocks into slots.
+
+    With S segments, n slots and k = blocks_per_slot, for every i < n, j < k, s < S, piece_bytes bytes go
+
+        from  segment_addrs[s] + blocks[i * k + j] * block_strides[s]
+        to    slot_base + slots[i] * slot_stride + shard_offset + (j * S + s) * piece_bytes
+
+    so that a slot's image is k * S * piece_bytes contiguous bytes. segment_addrs, block_strides: int64, shape [S]. blocks: ids, shape
+    [n * k], each in [0, block_count). slots: ids, shape [n], each in [0, slot_count). All ids are checked before a byte is copied;
+    the IndexError names position and value. shard_offset plus the image may not exceed slot_stride.
+    """
+
+def scatter(
+    segment_addrs: Buffer,
+    block_strides: Buffer,
+    piece_bytes: int,
+    blocks: Buffer,
+    block_count: int,
+    slot_base: int,
+    slot_stride: int,
+    slots: Buffer,
+    slot_count: int,
+    blocks_per_slot: int = 1,
+    shard_offset: int = 0,
+) -> None:
+    """Copy slots into paged blocks: gather's arguments, the other way."""
+
+def gather_crc(
+    segment_addrs: Buffer,
+    block_strides: Buffer,
+    piece_bytes: int,
+    blocks: Buffer,
+    block_count: int,
+    slot_base: int,
+    slot_stride: int,
+    slots: Buffer,
+    slot_count: int,
+    keys: Buffer,
+    crc_out: Buffer,
+    blocks_per_slot: int = 1,
+    shard_offset: int = 0,
+) -> None:
+    """gather, and crc_out[i] = crc32c(image of slot i, seeded with crc32c(key_i)), of the very bytes that were written.
+
+    keys: 16 * n bytes. crc_out: uint32, shape [n], writable.
+    """
+
+def scatter_verify(
+    segment_addrs: Buffer,
+    block_strides: Buffer,
+    piece_bytes: int,
+    blocks: Buffer,
+    block_count: int,
+    slot_base: int,
+    slot_stride: int,
+    slots: Buffer,
+    slot_count: int,
+    keys: Buffer,
+    crc_expected: Buffer,
+    ok_out: Buffer,
+    blocks_per_slot: int = 1,
+    shard_offset: int = 0,
+) -> int:
+    """scatter of the slots whose image still has its checksum; returns how many have not.
+
+    keys: 16 * n bytes. crc_expected: uint32, shape [n]. ok_out: uint8, shape [n], writable; 1 where slot i was verified and copied,
+    0 where it was not copied.
+    """

@@ -1,0 +1,432 @@
+"""Python twin of the C extension: the oracle of its tests, and the fallback where no compiler is.
+
+The contracts stand in ``_native.pyi``; the same arguments give the same results and the same kinds of error. Written to be
+obviously right first; only CRC32C is vectorised, since a fallback that checks 5 MB/s would be no fallback.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from flexkv_core.types import KEY_BYTES
+
+_CRC_POLYNOMIAL = 0x82F63B78  # Castagnoli, reflected (RFC 3720 appendix B.4)
+_LANES = 4096  # rows hashed side by side for long data: numpy's cost a call is spread over them
+
+_Array = npt.NDArray[Any]
+
+
+def hash_blocks(parent: Any, tokens: Any, tokens_per_block: int) -> bytes:
+    """Chained XXH3-128 keys of the full blocks; see ``_native.pyi``."""
+    key = bytes(memoryview(parent))
+    if len(key) != KEY_BYTES:
+        raise ValueError(f"parent has {len(key)} bytes, expected {KEY_BYTES}")
+    if tokens_per_block < 1:
+        raise ValueError(f"tokens_per_block is {tokens_per_block}, expected at least 1")
+    ids = _array(tokens, "tokens", (np.dtype(np.int32), np.dtype(np.int64)))
+    count = len(ids) // tokens_per_block
+    data = _as_int32_bytes(ids[: count * tokens_per_block])
+    block_bytes = 4 * tokens_per_block
+    keys = []
+    for at in range(0, len(data), block_bytes):
+        key = xxhash.xxh3_128_digest(key + data[at : at + block_bytes])
+        keys.append(key)
+    return b"".join(keys)
+
+
+def pack_tokens(tokens: Any, start: int, stop: int) -> bytes:
+    """tokens[start:stop] as int32 little-endian; see ``_native.pyi``."""
+    if not 0 <= start <= stop <= len(tokens):
+        raise ValueError(
+            f"range [{start}, {stop}) does not lie in {len(tokens)} tokens"
+        )
+    part = tokens[start:stop]
+    if not isinstance(part, np.ndarray):
+        part = np.array([_token(token) for token in part], dtype=np.int64)
+    return _as_int32_bytes(part)
+
+
+def crc32c(data: Any, crc: int = 0) -> int:
+    """CRC32C of data, continuing from ``crc``; see ``_native.pyi``."""
+    if not 0 <= crc <= 0xFFFFFFFF:
+        raise ValueError(f"crc is {crc}, expected an unsigned 32-bit value")
+    view = memoryview(data)
+    if not view.c_contiguous:
+        raise TypeError("data must be C-contiguous")
+    return _crc_update(crc, np.frombuffer(view.cast("B"), dtype=np.uint8))
+
+
+def crc32c_slots(
+    base_addr: int,
+    slot_bytes: int,
+    offset: int,
+    length: int,
+    slots: Any,
+    keys: Any,
+    out: Any,
+) -> None:
+    """CRC32C of a range of each slot, seeded with its key; see ``_native.pyi``."""
+    ids = _ids(slots, "slots")
+    sums = _array(out, "out", (np.dtype(np.uint32),), writable=True)
+    names = _keys(keys, len(ids))
+    _expect_length("out", len(sums), len(ids))
+    if min(slot_bytes, offset, length) < 0 or offset + length > slot_bytes:
+        raise ValueError(
+            f"offset {offset} and length {length} do not lie in a slot of {slot_bytes} bytes"
+        )
+    if len(ids) and ids.min() < 0:
+        at = int(np.argmax(ids < 0))
+        raise IndexError(f"slots[{at}] is {ids[at]}, expected not negative")
+    for i, slot in enumerate(ids.tolist()):
+        image = _memory(base_addr + slot * slot_bytes + offset, length)
+        sums[i] = _crc_update(_crc_update(0, names[i]), image)
+
+
+def gather(
+    segment_addrs: Any,
+    block_strides: Any,
+    piece_bytes: int,
+    blocks: Any,
+    block_count: int,
+    slot_base: int,
+    slot_stride: int,
+    slots: Any,
+    slot_count: int,
+    blocks_per_slot: int = 1,
+    shard_offset: int = 0,
+) -> None:
+    """Copy paged blocks into slots; see ``_native.pyi``."""
+    paging = _Paging.of(
+        segment_addrs, block_strides, piece_bytes, block_count, blocks_per_slot
+    )
+    pool = _Pool(slot_base, slot_stride, slot_count, shard_offset)
+    block_ids, slot_ids = _checked_ids(paging, pool, blocks, slots)
+    for i in range(len(slot_ids)):
+        _gather_slot(paging, pool, block_ids, slot_ids, i)
+
+
+def scatter(
+    segment_addrs: Any,
+    block_strides: Any,
+    piece_bytes: int,
+    blocks: Any,
+    block_count: int,
+    slot_base: int,
+    slot_stride: int,
+    slots: Any,
+    slot_count: int,
+    blocks_per_slot: int = 1,
+    shard_offset: int = 0,
+) -> None:
+    """Copy slots into paged blocks; see ``_native.pyi``."""
+    paging = _Paging.of(
+        segment_addrs, block_strides, piece_bytes, block_count, blocks_per_slot
+    )
+    pool = _Pool(slot_base, slot_stride, slot_count, shard_offset)
+    block_ids, slot_ids = _checked_ids(paging, pool, blocks, slots)
+    for i in range(len(slot_ids)):
+        _scatter_slot(paging, pool, block_ids, slot_ids, i)
+
+
+def gather_crc(
+    segment_addrs: Any,
+    block_strides: Any,
+    piece_bytes: int,
+    blocks: Any,
+    block_count: int,
+    slot_base: int,
+    slot_stride: int,
+    slots: Any,
+    slot_count: int,
+    keys: Any,
+    crc_out: Any,
+    blocks_per_slot: int = 1,
+    shard_offset: int = 0,
+) -> None:
+    """gather, and the checksum of each slot's image; see ``_native.pyi``."""
+    paging = _Paging.of(
+        segment_addrs, block_strides, piece_bytes, block_count, blocks_per_slot
+    )
+    pool = _Pool(slot_base, slot_stride, slot_count, shard_offset)
+    block_ids, slot_ids = _checked_ids(paging, pool, blocks, slots)
+    names = _keys(keys, len(slot_ids))
+    sums = _array(crc_out, "crc_out", (np.dtype(np.uint32),), writable=True)
+    _expect_length("crc_out", len(sums), len(slot_ids))
+    for i in range(len(slot_ids)):
+        _gather_slot(paging, pool, block_ids, slot_ids, i)
+        sums[i] = _image_crc(paging, pool, int(slot_ids[i]), names[i])
+
+
+def scatter_verify(
+    segment_addrs: Any,
+    block_strides: Any,
+    piece_bytes: int,
+    blocks: Any,
+    block_count: int,
+    slot_base: int,
+    slot_stride: int,
+    slots: Any,
+    slot_count: int,
+    keys: Any,
+    crc_expected: Any,
+    ok_out: Any,
+    blocks_per_slot: int = 1,
+    shard_offset: int = 0,
+) -> int:
+    """scatter of the slots whose checksum holds; see ``_native.pyi``."""
+    paging = _Paging.of(
+        segment_addrs, block_strides, piece_bytes, block_count, blocks_per_slot
+    )
+    pool = _Pool(slot_base, slot_stride, slot_count, shard_offset)
+    block_ids, slot_ids = _checked_ids(paging, pool, blocks, slots)
+    names = _keys(keys, len(slot_ids))
+    sums = _array(crc_expected, "crc_expected", (np.dtype(np.uint32),))
+    passed = _array(ok_out, "ok_out", (np.dtype(np.uint8),), writable=True)
+    _expect_length("crc_expected", len(sums), len(slot_ids))
+    _expect_length("ok_out", len(passed), len(slot_ids))
+    mismatches = 0
+    for i in range(len(slot_ids)):
+        passed[i] = _image_crc(paging, pool, int(slot_ids[i]), names[i]) == sums[i]
+        if passed[i]:
+            _scatter_slot(paging, pool, block_ids, slot_ids, i)
+        else:
+            mismatches += 1
+    return mismatches
+
+
+@dataclass(frozen=True)
+class _Paging:
+    """Where blocks lie in the engine's memory, and how many of them make one slot's image."""
+
+    segment_addrs: tuple[int, ...]
+    block_strides: tuple[int, ...]
+    piece_bytes: int
+    block_count: int
+    blocks_per_slot: int
+
+    @classmethod
+    def of(
+        cls,
+        segment_addrs: Any,
+        block_strides: Any,
+        piece_bytes: int,
+        block_count: int,
+        blocks_per_slot: int,
+    ) -> _Paging:
+        int64 = (np.dtype(np.int64),)
+        addrs = _array(segment_addrs, "segment_addrs", int64).tolist()
+        strides = _array(block_strides, "block_strides", int64).tolist()
+        _expect_length("block_strides", len(strides), len(addrs))
+        if piece_bytes < 0:
+            raise ValueError(f"piece_bytes is {piece_bytes}, expected not negative")
+        if blocks_per_slot < 1:
+            raise ValueError(
+                f"blocks_per_slot is {blocks_per_slot}, expected at least 1"
+            )
+        return cls(
+            tuple(addrs), tuple(strides), piece_bytes, block_count, blocks_per_slot
+        )
+
+    @property
+    def image_bytes(self) -> int:
+        """Contiguous bytes of one slot's image."""
+        return self.blocks_per_slot * len(self.segment_addrs) * self.piece_bytes
+
+    def pieces(self, block_ids: _Array) -> Iterator[int]:
+        """Addresses of the pieces of one image, in the image's order."""
+        for block in block_ids.tolist():
+            for addr, stride in zip(
+                self.segment_addrs, self.block_strides, strict=True
+            ):
+                yield addr + block * stride
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """Where slots lie, and where in a slot this shard's image begins."""
+
+    base: int
+    stride: int
+    count: int
+    shard_offset: int
+
+    def image_addr(self, slot: int) -> int:
+        """Address of the image in a slot."""
+        return self.base + slot * self.stride + self.shard_offset
+
+
+def _checked_ids(
+    paging: _Paging, pool: _Pool, blocks: Any, slots: Any
+) -> tuple[_Array, _Array]:
+    block_ids, slot_ids = _ids(blocks, "blocks"), _ids(slots, "slots")
+    _expect_length("blocks", len(block_ids), len(slot_ids) * paging.blocks_per_slot)
+    if pool.shard_offset < 0 or pool.shard_offset + paging.image_bytes > pool.stride:
+        raise ValueError(
+            f"an image of {paging.image_bytes} bytes at shard_offset {pool.shard_offset} "
+            f"does not lie in a slot of {pool.stride} bytes"
+        )
+    for name, ids, count in (
+        ("blocks", block_ids, paging.block_count),
+        ("slots", slot_ids, pool.count),
+    ):
+        wrong = (ids < 0) | (ids >= count)
+        if wrong.any():
+            at = int(np.argmax(wrong))
+            raise IndexError(f"{name}[{at}] is {ids[at]}, expected 0 <= id < {count}")
+    return block_ids, slot_ids
+
+
+def _gather_slot(
+    paging: _Paging, pool: _Pool, block_ids: _Array, slot_ids: _Array, i: int
+) -> None:
+    k, size = paging.blocks_per_slot, paging.piece_bytes
+    image = pool.image_addr(int(slot_ids[i]))
+    for at, addr in enumerate(paging.pieces(block_ids[i * k : (i + 1) * k])):
+        ctypes.memmove(image + at * size, addr, size)
+
+
+def _scatter_slot(
+    paging: _Paging, pool: _Pool, block_ids: _Array, slot_ids: _Array, i: int
+) -> None:
+    k, size = paging.blocks_per_slot, paging.piece_bytes
+    image = pool.image_addr(int(slot_ids[i]))
+    for at, addr in enumerate(paging.pieces(block_ids[i * k : (i + 1) * k])):
+        ctypes.memmove(addr, image + at * size, size)
+
+
+def _image_crc(paging: _Paging, pool: _Pool, slot: int, key: _Array) -> int:
+    return _crc_update(
+        _crc_update(0, key), _memory(pool.image_addr(slot), paging.image_bytes)
+    )
+
+
+def _memory(addr: int, length: int) -> _Array:
+    return np.frombuffer((ctypes.c_uint8 * length).from_address(addr), dtype=np.uint8)
+
+
+def _array(
+    buffer: Any, name: str, dtypes: Sequence[np.dtype[Any]], *, writable: bool = False
+) -> _Array:
+    """A numpy view of a one-dimensional contiguous buffer of one of these dtypes."""
+    array = np.asarray(memoryview(buffer))
+    if array.dtype not in dtypes or array.ndim != 1 or not array.flags.c_contiguous:
+        wanted = " or ".join(str(dtype) for dtype in dtypes)
+        raise TypeError(f"{name} must be a contiguous 1-D buffer of {wanted}")
+    if writable and not array.flags.writeable:
+        raise TypeError(f"{name} must be writable")
+    return array
+
+
+def _ids(buffer: Any, name: str) -> _Array:
+    return _array(buffer, name, (np.dtype(np.int32), np.dtype(np.int64))).astype(
+        np.int64
+    )
+
+
+def _keys(keys: Any, count: int) -> _Array:
+    view = memoryview(keys)
+    if not view.c_contiguous:
+        raise TypeError("keys must be C-contiguous")
+    _expect_length("keys", view.nbytes, KEY_BYTES * count)
+    return np.frombuffer(view.cast("B"), dtype=np.uint8).reshape(count, KEY_BYTES)
+
+
+def _expect_length(name: str, length: int, expected: int) -> None:
+    if length != expected:
+        raise ValueError(f"{name} has length {length}, expected {expected}")
+
+
+def _token(token: Any) -> int:
+    value = int(token.__index__())
+    if not -(2**31) <= value < 2**31:
+        raise ValueError(f"token {value} is out of int32's range")
+    return value
+
+
+def _as_int32_bytes(ids: _Array) -> bytes:
+    narrow = ids.astype("<i4")
+    if ids.dtype != narrow.dtype and not np.array_equal(narrow, ids):
+        at = int(np.argmax(narrow != ids))
+        raise ValueError(f"token {ids[at]} is out of int32's range")
+    return narrow.tobytes()
+
+
+@functools.cache
+def _byte_table() -> npt.NDArray[np.uint32]:
+    """CRC of each byte value from state 0: one step of the table-driven algorithm (Sarwate 1988)."""
+    table = np.arange(256, dtype=np.uint32)
+    for _ in range(8):
+        table = (table >> 1) ^ (np.uint32(_CRC_POLYNOMIAL) * (table & 1))
+    return table
+
+
+@functools.cache
+def _byte_list() -> list[int]:
+    values: list[int] = _byte_table().tolist()
+    return values
+
+
+def _crc_update(crc: int, data: _Array) -> int:
+    """CRC32C of bytes. Long data is cut into lanes that advance side by side; their states are then joined in order."""
+    lane_bytes = len(data) // _LANES
+    state = crc ^ 0xFFFFFFFF
+    if lane_bytes >= 16:
+        state = _crc_lanes(
+            state, data[: lane_bytes * _LANES].reshape(_LANES, lane_bytes)
+        )
+        data = data[lane_bytes * _LANES :]
+    table = _byte_list()
+    for byte in data.tobytes():
+        state = table[(state ^ byte) & 0xFF] ^ (state >> 8)
+    return state ^ 0xFFFFFFFF
+
+
+def _crc_lanes(state: int, lanes: _Array) -> int:
+    """State after all rows of ``lanes`` (uint8, shape [lanes, bytes]) in order.
+
+    CRC is linear: state(a || b) = shift(state(a), len(b)) ^ state(b). Rows advance together a byte at a time, then neighbours are
+    joined pairwise, the shift doubling each time.
+    """
+    table = _byte_table()
+    states = np.zeros(len(lanes), dtype=np.uint32)
+    states[0] = state
+    for column in np.ascontiguousarray(lanes.T):
+        states = table[(states ^ column) & 0xFF] ^ (states >> 8)
+    shift = _shift_rows(lanes.shape[1])
+    while len(states) > 1:
+        states = _apply(shift, states[0::2]) ^ states[1::2]
+        shift = _apply(shift, shift)
+    return int(states[0])
+
+
+@functools.lru_cache(maxsize=64)
+def _shift_rows(length: int) -> npt.NDArray[np.uint32]:
+    """The linear map "append ``length`` zero bytes" as the images of the 32 unit states, shape [32]."""
+    table = _byte_table()
+    one = np.uint32(1) << np.arange(32, dtype=np.uint32)
+    one = table[one & 0xFF] ^ (one >> 8)
+    rows = np.uint32(1) << np.arange(32, dtype=np.uint32)
+    while length:
+        if length & 1:
+            rows = _apply(one, rows)
+        one = _apply(one, one)
+        length >>= 1
+    return rows
+
+
+def _apply(
+    rows: npt.NDArray[np.uint32], states: npt.NDArray[np.uint32]
+) -> npt.NDArray[np.uint32]:
+    """The linear map ``rows`` (images of the unit states, shape [32]) of each state, shape [states]."""
+    result = np.zeros_like(states)
+    for bit in range(32):
+        result ^= rows[bit] * ((states >> np.uint32(bit)) & np.uint32(1))
+    return result
