@@ -1,0 +1,315 @@
+"""Configuration: one validated, frozen model and the four places that it is read from.
+
+Order of precedence, highest first:
+
+1. the mapping that the caller gives (vLLM's ``kv_connector_extra_config``),
+2. environment variables ``FLEXKV_<KEY>``,
+3. a YAML or JSON file, named by the caller or by ``FLEXKV_CONFIG_PATH``,
+4. the defaults below.
+
+This is the only module of the packages that reads the environment. Whatever is wrong in any of the places becomes one
+:class:`~flexkv_core.errors.ConfigError` that names each key, its value, where that came from, and what is allowed.
+``python -m flexkv_core.config`` prints the table of all keys that README.md carries.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import ByteSize, Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from flexkv_core.errors import ConfigError
+
+ENV_PREFIX = "FLEXKV_"
+PATH_VARIABLE = "FLEXKV_CONFIG_PATH"
+# Variables with our prefix that are no keys: read by this module or by scripts/.
+RESERVED_VARIABLES = frozenset({PATH_VARIABLE, "FLEXKV_CACHE_DIR"})
+
+_HOST_SHARE = 4  # a quarter of the memory, so that the engine's weights and its own cache have room
+_HOST_BYTES_MAX = 8 << 30  # what one engine gets unasked; touching and pinning more takes seconds at start
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+_SIZE = 'size: bytes, or text such as "4GiB" or "512MB"'
+_SWITCH = "true or false"
+_TEXT = "text"
+
+
+def default_host_bytes() -> int:
+    """A quarter of the memory of this machine or container, at most 8 GiB.
+
+    Taken from the total, not from what is free at the moment, so that every process of one engine computes the same value.
+    """
+    total_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        limit = _CGROUP_LIMIT.read_text().strip()
+    except OSError:  # no cgroup v2 here: the machine's own total counts
+        limit = "max"
+    if limit.isdigit():
+        total_bytes = min(total_bytes, int(limit))
+    return min(total_bytes // _HOST_SHARE, _HOST_BYTES_MAX)
+
+
+def _allowed(text: str) -> dict[str, Any]:
+    """Metadata of a field: the words for its type in error messages and in the generated table."""
+    return {"allowed": text}
+
+
+class FlexKVConfig(BaseSettings):
+    """All settings of one FlexKV instance. Immutable; picklable; equal in every process of one engine.
+
+    Built directly (``FlexKVConfig(host_bytes="1GiB")``) it reads nothing but its arguments; :func:`load_config` reads all places.
+    """
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", env_prefix=ENV_PREFIX, validate_default=True, protected_namespaces=()
+    )
+
+    host_bytes: Annotated[ByteSize, Field(gt=0)] = Field(
+        default_factory=lambda: ByteSize(default_host_bytes()),
+        description="Size of the host tier: one shared-memory segment, taken at start.",
+        json_schema_extra=_allowed(_SIZE) | {"default": "a quarter of the memory, at most 8 GiB"},
+    )
+    tokens_per_block: int | None = Field(
+        default=None,
+        ge=1,
+        description="Tokens in one cached block; a multiple of the engine's block size.",
+        json_schema_extra=_allowed("integer ≥ 1") | {"default": "the engine's block size"},
+    )
+    eviction: str = Field(
+        default="lru",
+        description="Which blocks leave a full tier first: the name of a policy.",
+        json_schema_extra=_allowed("name of a policy"),
+    )
+    huge_pages: bool = Field(
+        default=False,
+        description="Back the host tier with 2 MiB huge pages; the start fails when the machine has too few.",
+        json_schema_extra=_allowed(_SWITCH),
+    )
+    verify_checksums: bool = Field(
+        default=True,
+        description="Check each block's CRC32C before it goes back to the engine; a mismatch is a miss.",
+        json_schema_extra=_allowed(_SWITCH),
+    )
+    namespace: str = Field(
+        default="",
+        description="Kept in front of every key: deployments with different namespaces share no block.",
+        json_schema_extra=_allowed(_TEXT),
+    )
+    model_id: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Name of the model in the fingerprint of all keys.",
+        json_schema_extra=_allowed(_TEXT) | {"default": "the engine's model"},
+    )
+    model_revision: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Revision of the model in the fingerprint of all keys.",
+        json_schema_extra=_allowed(_TEXT) | {"default": "the engine's revision"},
+    )
+    load_tokens_min: int = Field(
+        default=0,
+        ge=0,
+        description="A hit of fewer tokens than this is recomputed, not loaded.",
+        json_schema_extra=_allowed("integer ≥ 0"),
+    )
+    store_decode: bool = Field(
+        default=True,
+        description="Store blocks that hold generated tokens too, not only those of prompts.",
+        json_schema_extra=_allowed(_SWITCH),
+    )
+    transfer_timeout_s: float = Field(
+        default=20.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds after which a transfer is given up and counts as a miss.",
+        json_schema_extra=_allowed("number > 0"),
+    )
+    queue_ops_max: int = Field(
+        default=1024,
+        ge=1,
+        description="Bound of each transfer queue; a store that finds it full is dropped, a load becomes a miss.",
+        json_schema_extra=_allowed("integer ≥ 1"),
+    )
+    events: bool = Field(
+        default=True,
+        description="Report stored and removed blocks to the engine when it publishes KV events.",
+        json_schema_extra=_allowed(_SWITCH),
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The arguments only: :func:`load_config` merges the other places itself, so that it can name them in errors."""
+        return (init_settings,)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One effective value: what ``flexkv config`` shows. ``origin`` is in words, such as ``environment FLEXKV_HOST_BYTES``."""
+
+    key: str
+    value: object
+    origin: str
+
+
+@dataclass(frozen=True)
+class _Raw:
+    """A value as it was found, before validation, and where."""
+
+    value: object
+    origin: str
+
+
+def load_config(
+    overrides: Mapping[str, object] | None = None,
+    path: str | os.PathLike[str] | None = None,
+    ignore: Collection[str] = (),
+) -> FlexKVConfig:
+    """Merge the four places and validate the result.
+
+    ``overrides``: keys given by the caller, who wins over the environment. ``path``: the file to read instead of the one that
+    ``FLEXKV_CONFIG_PATH`` names. ``ignore``: keys of ``overrides`` that belong to someone else (vLLM puts keys of its own into the
+    same mapping). Raises :class:`ConfigError` with every problem that was found.
+    """
+    return _validate(_collect(overrides, path, ignore))
+
+
+def effective_settings(path: str | os.PathLike[str] | None = None) -> list[Setting]:
+    """What :func:`load_config` would give here, key by key with its origin. Raises :class:`ConfigError` likewise."""
+    found = _collect(None, path, ())
+    config = _validate(found)
+    return [
+        Setting(key, getattr(config, key), found[key].origin if key in found else "default")
+        for key in FlexKVConfig.model_fields
+    ]
+
+
+def markdown_table() -> str:
+    """The table of all keys that README.md carries between its markers, without a newline at the end."""
+    lines = ["| key | type | default | environment | meaning |", "|---|---|---|---|---|"]
+    for key, field in FlexKVConfig.model_fields.items():
+        lines.append(
+            f"| `{key}` | {_extra(key)['allowed']} | {_default_words(key)} | `{ENV_PREFIX}{key.upper()}` "
+            f"| {field.description} |"
+        )
+    return "\n".join(lines)
+
+
+def _collect(
+    overrides: Mapping[str, object] | None, path: str | os.PathLike[str] | None, ignore: Collection[str]
+) -> dict[str, _Raw]:
+    """All values that were found, the highest place winning; unknown keys stay in and fail in :func:`_validate`."""
+    found = _from_file(path)
+    found.update(_from_environment())
+    for key, value in (overrides or {}).items():
+        if key not in ignore:
+            found[key] = _Raw(value, "the caller's configuration")
+    return found
+
+
+def _from_file(path: str | os.PathLike[str] | None) -> dict[str, _Raw]:
+    """Keys of the YAML or JSON file; nothing when none is named."""
+    named_by = "given by the caller"
+    if path is None:
+        path = os.environ.get(PATH_VARIABLE)
+        named_by = f"named by {PATH_VARIABLE}"
+    if not path:
+        return {}
+    file = Path(path)
+    if file.suffix not in (".yaml", ".yml", ".json"):
+        raise ConfigError(
+            f"configuration file {file} ({named_by}): the name must end in .yaml, .yml or .json"
+        )
+    try:
+        text = file.read_text(encoding="utf-8")
+        content = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"configuration file {file} ({named_by}) cannot be read: {error}") from error
+    if content is None:  # an empty YAML file
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"configuration file {file} ({named_by}): a mapping of keys to values is needed")
+    return {str(key): _Raw(value, f"file {file}") for key, value in content.items()}
+
+
+def _from_environment() -> dict[str, _Raw]:
+    """Values of ``FLEXKV_*``; a variable that is no key stays in under its own name and fails in :func:`_validate`."""
+    try:
+        values = EnvSettingsSource(FlexKVConfig, case_sensitive=False)()
+    except SettingsError as error:  # a list or mapping that is no JSON
+        raise ConfigError(f"environment: {error}; {error.__cause__}") from error
+    found = {key: _Raw(value, f"environment {ENV_PREFIX}{key.upper()}") for key, value in values.items()}
+    for name in os.environ:
+        if name.upper().startswith(ENV_PREFIX) and name not in RESERVED_VARIABLES:
+            key = name[len(ENV_PREFIX) :].lower()
+            if key not in FlexKVConfig.model_fields:
+                found[name] = _Raw(os.environ[name], "environment")
+    return found
+
+
+def _validate(found: Mapping[str, _Raw]) -> FlexKVConfig:
+    try:
+        return FlexKVConfig.model_validate({key: raw.value for key, raw in found.items()})
+    except ValidationError as error:
+        problems = [
+            _problem(str(item["loc"][0]), item["type"], item["msg"], found) for item in error.errors()
+        ]
+    raise ConfigError("FlexKV's configuration is wrong:\n" + "\n".join(f"  {line}" for line in problems))
+
+
+def _problem(key: str, kind: str, message: str, found: Mapping[str, _Raw]) -> str:
+    """One line about one key: its value, where that came from, and what is allowed."""
+    raw = found.get(key, _Raw("default", "default"))
+    head = f"{key} = {raw.value!r} (from {raw.origin}): "
+    if kind == "extra_forbidden":
+        return head + f"no such key{_did_you_mean(key)}"
+    return head + f"{message.removeprefix('Value error, ')}; allowed: {_extra(key)['allowed']}"
+
+
+def _did_you_mean(key: str) -> str:
+    """A hint with the nearest key, spelled as a variable where a variable was given."""
+    is_variable = key.upper().startswith(ENV_PREFIX)
+    known = [f"{ENV_PREFIX}{k.upper()}" if is_variable else k for k in FlexKVConfig.model_fields]
+    if is_variable:
+        known += sorted(RESERVED_VARIABLES)
+    near = difflib.get_close_matches(key.upper() if is_variable else key.lower(), known, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
+
+
+def _extra(key: str) -> dict[str, Any]:
+    extra = FlexKVConfig.model_fields[key].json_schema_extra
+    assert isinstance(extra, dict), f"{key} has no description of its type"
+    return extra
+
+
+def _default_words(key: str) -> str:
+    """The default as a person would write it in a file."""
+    words = _extra(key).get("default")
+    if words is not None:
+        return str(words)
+    return f"`{json.dumps(FlexKVConfig.model_fields[key].default)}`"
+
+
+if __name__ == "__main__":
+    print(markdown_table())
