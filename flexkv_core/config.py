@@ -37,7 +37,8 @@ from flexkv_core.errors import ConfigError
 ENV_PREFIX = "FLEXKV_"
 PATH_VARIABLE = "FLEXKV_CONFIG_PATH"
 # Variables with our prefix that are no keys: read by this module or by scripts/.
-RESERVED_VARIABLES = frozenset({PATH_VARIABLE, "FLEXKV_CACHE_DIR"})
+CACHE_DIR_VARIABLE = "FLEXKV_CACHE_DIR"
+RESERVED_VARIABLES = frozenset({PATH_VARIABLE, CACHE_DIR_VARIABLE})
 
 _HOST_SHARE = 4  # a quarter of the memory, so that the engine's weights and its own cache have room
 _HOST_BYTES_MAX = 8 << 30  # what one engine gets unasked; touching and pinning more takes seconds at start
@@ -203,6 +204,14 @@ def effective_settings(path: str | os.PathLike[str] | None = None) -> list[Setti
         Setting(key, getattr(config, key), found[key].origin if key in found else "default")
         for key in FlexKVConfig.model_fields
     ]
+
+
+def cache_dir() -> Path:
+    """Where the scripts and the benchmarks keep environments and models: ``FLEXKV_CACHE_DIR``, else a folder of the user's cache."""
+    given = os.environ.get(CACHE_DIR_VARIABLE)
+    if given:
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flexkv"
 
 
 def markdown_table() -> str:
