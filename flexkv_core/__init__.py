@@ -1,0 +1,1 @@
+"""FlexKV's core: prefix index, tiers and transfers. Imports no torch, no triton and no engine."""

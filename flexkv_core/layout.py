@@ -1,0 +1,106 @@
+"""Where a block's bytes lie: in a slot, and in the engine's tensors.
+
+One affine formula serves every engine. A device block is ``segment_count`` pieces of ``piece_bytes`` (a layer, or K and V of a layer);
+piece *s* of block *b* lies at ``addresses[s] + b * strides[s]``. In a slot the pieces of one device block follow each other, then
+those of the next device block of the same FlexKV block, then the next rank's shard::
+
+    slot = [shard 0: [device block 0: piece 0, piece 1, …] [device block 1: …] …] [shard 1: …] … padding to 4 KiB
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from flexkv_core.errors import ConfigError, LayoutError
+
+SLOT_ALIGNMENT_BYTES = 4096
+"""Slots are whole pages, so that each can be the target of one O_DIRECT transfer."""
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """The shape of one slot.
+
+    Attributes:
+        tokens_per_block: tokens of a FlexKV block; a multiple of ``device_block_tokens``.
+        device_block_tokens: tokens of a block in the engine's paged cache.
+        segment_count: pieces of one device block.
+        piece_bytes: bytes of one piece.
+        shard_count: ranks that write a part of each slot (tensor parallel); 1 where all ranks hold the same bytes.
+
+    Raises:
+        ConfigError: ``tokens_per_block`` is no multiple of ``device_block_tokens``.
+        LayoutError: a count or size is not positive.
+    """
+
+    tokens_per_block: int
+    device_block_tokens: int
+    segment_count: int
+    piece_bytes: int
+    shard_count: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("tokens_per_block", "device_block_tokens", "segment_count", "piece_bytes", "shard_count"):
+            value = getattr(self, name)
+            if value <= 0:
+                raise LayoutError(f"{name} is {value}; it must be at least 1")
+        if self.tokens_per_block % self.device_block_tokens:
+            raise ConfigError(
+                f"tokens_per_block = {self.tokens_per_block}: must be a multiple of the engine's block size,"
+                f" {self.device_block_tokens}"
+            )
+
+    @property
+    def blocks_per_slot(self) -> int:
+        """Device blocks of one FlexKV block."""
+        return self.tokens_per_block // self.device_block_tokens
+
+    @property
+    def shard_bytes(self) -> int:
+        """Bytes that one rank writes into a slot."""
+        return self.blocks_per_slot * self.segment_count * self.piece_bytes
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes from one slot to the next: all shards, padded to whole pages."""
+        used = self.shard_bytes * self.shard_count
+        return -(-used // SLOT_ALIGNMENT_BYTES) * SLOT_ALIGNMENT_BYTES
+
+
+@dataclass(frozen=True)
+class DeviceSegments:
+    """Where the pieces of a device's blocks lie. The caller keeps the memory alive and in place.
+
+    Attributes:
+        addresses: int64 [segments], address of each segment's piece of block 0.
+        strides: int64 [segments], bytes from a block's piece to the next block's.
+        piece_bytes: bytes of a piece.
+        block_count: blocks that exist; ids are ``0 … block_count - 1``.
+
+    Raises:
+        LayoutError: shapes differ, or a stride is smaller than a piece (blocks would overlap).
+    """
+
+    addresses: npt.NDArray[np.int64]
+    strides: npt.NDArray[np.int64]
+    piece_bytes: int
+    block_count: int
+
+    def __post_init__(self) -> None:
+        if self.addresses.ndim != 1 or self.addresses.shape != self.strides.shape or not len(self.addresses):
+            raise LayoutError(
+                f"segments: found addresses {self.addresses.shape} and strides {self.strides.shape};"
+                " expected one address and one stride a segment"
+            )
+        if self.piece_bytes <= 0 or self.block_count <= 0:
+            raise LayoutError(
+                f"segments: piece_bytes = {self.piece_bytes}, block_count = {self.block_count}; expected at least 1"
+            )
+        if (self.strides < self.piece_bytes).any():
+            raise LayoutError(
+                f"segments: found a stride of {int(self.strides.min())} bytes; expected at least the piece's"
+                f" {self.piece_bytes}"
+            )

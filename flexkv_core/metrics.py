@@ -1,0 +1,28 @@
+"""Counters of one KVManager. Plain numbers; adapters carry them to the engine's own metrics."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass
+class Counters:
+    """What happened since the manager was made. Only grows; read a consistent copy with :meth:`KVManager.counters`."""
+
+    lookups: int = 0
+    lookup_tokens: int = 0  # tokens in full blocks that were asked for
+    hit_tokens: int = 0  # of those, tokens that a load was planned for
+    loaded_blocks: int = 0
+    loaded_bytes: int = 0
+    load_seconds: float = 0.0  # time in copies, without queueing
+    stored_blocks: int = 0
+    stored_bytes: int = 0
+    store_seconds: float = 0.0
+    evicted_blocks: int = 0
+    corrupt_blocks: int = 0  # checksum mismatches; each became a miss
+    failed_loads: int = 0  # ops, not blocks
+    failed_stores: int = 0
+    dropped_blocks: int = 0  # wanted to be stored, found no room
+
+    def as_dict(self) -> dict[str, int | float]:
+        return asdict(self)

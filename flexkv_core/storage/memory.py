@@ -1,0 +1,203 @@
+"""The host tier's bytes: one anonymous shared-memory segment of fixed slots.
+
+The segment is a ``memfd``: it has no name in any file system, so the kernel frees it when the last process that maps it ends, however
+that ends. Other processes of the same user map it through ``/proc/<pid>/fd/<fd>``, or get the descriptor over a unix socket. Neither
+the size of ``/dev/shm`` nor a container's limit on it applies.
+
+::
+
+    segment = [checksums: uint32 [slot_count, shard_count], padded to 2 MiB] [slot 0] [slot 1] …
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import mmap
+import os
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from flexkv_core.errors import CapacityError
+from flexkv_core.layout import KVLayout
+
+logger = logging.getLogger(__name__)
+
+HUGE_PAGE_BYTES = 2 << 20
+_MFD_HUGETLB_2MIB = 0x0004 | 21 << 26  # memfd_create(2): pages of 2^21 bytes
+_MADV_HUGEPAGE = 14
+_MADV_POPULATE_WRITE = 23  # Linux 5.14
+_POPULATE_STEP_BYTES = 64 << 20
+_HEADROOM_BYTES = 256 << 20  # left to the rest of the machine when a segment's size is checked
+
+
+@dataclass(frozen=True)
+class SegmentHandle:
+    """What another process of the same user needs to map the segment."""
+
+    pid: int
+    fd: int
+    slot_count: int
+    layout: KVLayout
+    huge_pages: bool
+
+
+class HostSegment:
+    """Maps the segment; made by :meth:`create` in its owner and by :meth:`attach` elsewhere.
+
+    Attributes:
+        address: of slot 0.
+        checksums: uint32 [slot_count, shard_count], CRC32C of each shard's image, seeded with the block's key.
+    """
+
+    def __init__(self, fd: int, slot_count: int, layout: KVLayout, huge_pages: bool, owner_pid: int, owner_fd: int) -> None:
+        self.slot_count = slot_count
+        self.layout = layout
+        self.handle = SegmentHandle(owner_pid, owner_fd, slot_count, layout, huge_pages)
+        self._fd = fd
+        self._closing = threading.Event()
+        self._populator: threading.Thread | None = None
+        header = header_bytes(slot_count, layout)
+        self._map = mmap.mmap(fd, segment_bytes(slot_count, layout), mmap.MAP_SHARED)
+        view = np.frombuffer(self._map, dtype=np.uint8)
+        self._base = int(view.ctypes.data)
+        self.address = self._base + header
+        count = slot_count * layout.shard_count
+        self.checksums: npt.NDArray[np.uint32] = view[: count * 4].view(np.uint32).reshape(slot_count, layout.shard_count)
+
+    @classmethod
+    def create(cls, slot_count: int, layout: KVLayout, huge_pages: bool = False) -> HostSegment:
+        """Allocate a segment of ``slot_count`` slots.
+
+        Raises:
+            CapacityError: the machine, the container's limit or the pool of huge pages cannot give that much.
+        """
+        size = segment_bytes(slot_count, layout)
+        check_capacity(size, huge_pages)
+        fd = os.memfd_create("flexkv-host-tier", os.MFD_CLOEXEC | (_MFD_HUGETLB_2MIB if huge_pages else 0))
+        try:
+            os.ftruncate(fd, size)
+            return cls(fd, slot_count, layout, huge_pages, os.getpid(), fd)
+        except OSError as error:
+            os.close(fd)
+            raise CapacityError(f"host_bytes: mapping {size} bytes failed: {error.strerror}") from error
+
+    @classmethod
+    def attach(cls, handle: SegmentHandle) -> HostSegment:
+        """Map the segment that ``handle`` names.
+
+        Raises:
+            CapacityError: its owner is gone, or this process may not open it.
+        """
+        try:
+            fd = os.open(f"/proc/{handle.pid}/fd/{handle.fd}", os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise CapacityError(
+                f"host segment of process {handle.pid} cannot be opened: {error.strerror}; the engine's processes must run"
+                " on one machine as one user"
+            ) from error
+        try:
+            return cls(fd, handle.slot_count, handle.layout, handle.huge_pages, handle.pid, handle.fd)
+        except (OSError, ValueError) as error:
+            os.close(fd)
+            raise CapacityError(f"host segment of process {handle.pid} cannot be mapped: {error}") from error
+
+    def populate(self) -> None:
+        """Fault the pages in on a thread of its own, so that the first transfers do not pay for it (about 0.4 s a GiB)."""
+        self._populator = threading.Thread(target=self._populate, name="flexkv-populate", daemon=True)
+        self._populator.start()
+
+    def close(self) -> None:
+        """Unmap; the memory is freed once no process maps it. Nothing may use :attr:`address` afterwards."""
+        self._closing.set()
+        if self._populator is not None:
+            self._populator.join()
+        if self._fd < 0:
+            return
+        self.checksums = np.empty((0, 0), np.uint32)
+        os.close(self._fd)
+        self._fd = -1
+        try:
+            self._map.close()
+        except BufferError:  # a view is still alive: the mapping goes with the last of them
+            logger.debug("host segment: still viewed at close")
+
+    def _populate(self) -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        size = len(self._map)
+        if not self.handle.huge_pages:
+            libc.madvise(self._base, size, _MADV_HUGEPAGE)  # refused where the kernel has no transparent huge pages
+        for offset in range(0, size, _POPULATE_STEP_BYTES):
+            step = min(_POPULATE_STEP_BYTES, size - offset)
+            if self._closing.is_set():
+                return
+            if libc.madvise(self._base + offset, step, _MADV_POPULATE_WRITE):
+                logger.info("host segment is not populated ahead: %s", os.strerror(ctypes.get_errno()))
+                return
+
+
+def header_bytes(slot_count: int, layout: KVLayout) -> int:
+    """Bytes of the checksum table, whole huge pages."""
+    return -(-slot_count * layout.shard_count * 4 // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+
+
+def segment_bytes(slot_count: int, layout: KVLayout) -> int:
+    """Bytes of a segment of ``slot_count`` slots, whole huge pages."""
+    slots = -(-slot_count * layout.slot_bytes // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+    return header_bytes(slot_count, layout) + slots
+
+
+def slots_within(capacity_bytes: int, layout: KVLayout) -> int:
+    """How many slots a budget of ``capacity_bytes`` holds; the checksum table counts."""
+    return max(0, (capacity_bytes - HUGE_PAGE_BYTES) // (layout.slot_bytes + 4 * layout.shard_count))
+
+
+def check_capacity(size: int, huge_pages: bool) -> None:
+    """Refuse a segment that the machine cannot give.
+
+    Raises:
+        CapacityError: with what was asked for, what there is, and what to change.
+    """
+    if huge_pages:
+        free = _meminfo("HugePages_Free") * _meminfo("Hugepagesize") * 1024
+        if size > free:
+            raise CapacityError(
+                f"host_bytes: {size} bytes asked for with huge_pages, {free} bytes of huge pages are free;"
+                f" raise vm.nr_hugepages to at least {-(-size // HUGE_PAGE_BYTES)}, lower host_bytes, or set huge_pages to false"
+            )
+        return
+    available = available_bytes()
+    if size + _HEADROOM_BYTES > available:
+        raise CapacityError(
+            f"host_bytes: {size} bytes asked for, {max(0, available - _HEADROOM_BYTES)} bytes are available"
+            f" ({_HEADROOM_BYTES} stay free); lower host_bytes"
+        )
+
+
+def available_bytes() -> int:
+    """Memory that this process may still take: the machine's and its control group's, whichever is less."""
+    available = _meminfo("MemAvailable") * 1024
+    for limit_file, usage_file in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            limit, usage = Path(limit_file).read_text().strip(), Path(usage_file).read_text().strip()
+        except OSError:
+            continue
+        if limit != "max":
+            available = min(available, int(limit) - int(usage))
+    return max(0, available)
+
+
+def _meminfo(name: str) -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key == name:
+            return int(value.split()[0])
+    return 0

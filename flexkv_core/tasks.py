@@ -1,0 +1,137 @@
+"""Tasks of a KVManager: their state, their responses, and the checks of what callers pass in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+import numpy.typing as npt
+
+from flexkv_core.cache.engine import GetPlan, PutPlan
+from flexkv_core.types import BlockIds, Direction, Slots, TokenIds
+
+
+class KVResponseStatus(Enum):
+    """How a task stands."""
+
+    SUCCESS = "success"
+    NOTFOUND = "not_found"  # no such task
+    UNREADY = "unready"  # still running, or not launched
+    TIMEOUT = "timeout"  # wait() gave up; the task goes on
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class KVResponse:
+    """The outcome of a task. ``return_mask`` is bool [tokens]: which tokens were loaded or stored."""
+
+    status: KVResponseStatus
+    task_id: int
+    return_mask: npt.NDArray[np.bool_] | None = None
+
+
+@dataclass(frozen=True)
+class TaskDone:
+    """Report of a task that was started by keys. ``ok`` is bool [blocks of the task]."""
+
+    task_id: int
+    status: KVResponseStatus
+    ok: npt.NDArray[np.bool_]
+
+
+@dataclass
+class Task:
+    """One get or put. The blocks that move are ``start_block`` … ``start_block + len(slots) - 1`` of the sequence.
+
+    ``tokens`` is the length of the whole sequence, 0 for a task by keys. ``ok`` is bool [blocks that move], all False until the end.
+    """
+
+    task_id: int
+    direction: Direction
+    plan: GetPlan | PutPlan
+    start_block: int
+    keys: bytes
+    slots: Slots
+    tokens: int
+    on_done: Callable[[TaskDone], None] | None = None
+    launched: bool = False
+    status: KVResponseStatus = KVResponseStatus.UNREADY
+    cancelled: bool = False
+    ok: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
+
+    @property
+    def block_count(self) -> int:
+        return len(self.slots)
+
+    @property
+    def ended(self) -> bool:
+        return self.status is not KVResponseStatus.UNREADY
+
+    def mask(self, blocks: int, tokens_per_block: int) -> npt.NDArray[np.bool_]:
+        """bool [tokens], True for the first ``blocks`` of the blocks that move."""
+        mask = np.zeros(self.tokens, np.bool_)
+        if self.status is not KVResponseStatus.CANCELLED:
+            mask[self.start_block * tokens_per_block : (self.start_block + blocks) * tokens_per_block] = True
+        return mask
+
+    def device_blocks(self, slot_mapping: npt.NDArray[np.int64], tokens_per_block: int, device_block_tokens: int) -> BlockIds:
+        """int64 [blocks]: device blocks of the tokens that move, from the places of all tokens or of just these.
+
+        Raises:
+            ValueError: another length, or places that do not follow device blocks.
+        """
+        wanted = self.block_count * tokens_per_block
+        if len(slot_mapping) != wanted:
+            if len(slot_mapping) != self.tokens:
+                raise ValueError(
+                    f"slot_mapping of task {self.task_id} has {len(slot_mapping)} entries; expected {wanted} (the mask's tokens)"
+                    f" or {self.tokens} (all tokens)"
+                )
+            start = self.start_block * tokens_per_block
+            slot_mapping = slot_mapping[start : start + wanted]
+        first, last = slot_mapping[::device_block_tokens], slot_mapping[device_block_tokens - 1 :: device_block_tokens]
+        if (first % device_block_tokens).any() or (last - first != device_block_tokens - 1).any() or (first < 0).any():
+            raise ValueError(
+                f"slot_mapping of task {self.task_id} does not follow blocks of {device_block_tokens} tokens: each must begin at a"
+                " multiple and count up"
+            )
+        return np.ascontiguousarray(first // device_block_tokens)
+
+
+def token_array(token_ids: TokenIds) -> TokenIds:
+    """``token_ids`` as a contiguous array.
+
+    Raises:
+        ValueError: not int32 or int64, or not one dimension.
+    """
+    tokens = np.ascontiguousarray(token_ids)
+    if tokens.ndim != 1 or tokens.dtype not in (np.int32, np.int64):
+        raise ValueError(f"token_ids: found {tokens.dtype} of shape {tokens.shape}; expected int32 or int64, one dimension")
+    return tokens
+
+
+def first_true(mask: npt.NDArray[np.bool_] | None, tokens: int) -> int:
+    """Place of the mask's first True; 0 without a mask, ``tokens`` without a True."""
+    if mask is None:
+        return 0
+    _check_mask(mask, tokens)
+    return int(mask.argmax()) if mask.any() else tokens
+
+
+def last_true(mask: npt.NDArray[np.bool_], tokens: int) -> int:
+    """One past the mask's last True; 0 without one."""
+    _check_mask(mask, tokens)
+    return tokens - int(mask[::-1].argmax()) if mask.any() else 0
+
+
+def _check_mask(mask: npt.NDArray[np.bool_], tokens: int) -> None:
+    if mask.shape != (tokens,) or mask.dtype != np.bool_:
+        raise ValueError(f"token_mask: found {mask.dtype} of shape {mask.shape}; expected bool of shape ({tokens},)")
+
+
+def prefix_length(ok: npt.NDArray[np.bool_]) -> int:
+    """How many leading entries are True."""
+    return len(ok) if ok.all() else int(ok.argmin())

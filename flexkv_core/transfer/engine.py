@@ -1,0 +1,177 @@
+"""TransferEngine: runs ops of one rank on a thread of its own, loads before stores.
+
+A request waits for its load; nobody waits for a store. So a load that arrives while a large store runs is let in between two of the
+store's pieces. The queue is bounded: what does not fit is reported as failed at once, which is a miss.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from flexkv_core.storage.memory import HostSegment
+from flexkv_core.transfer.plan import DeviceCopier, OpResult, OpStatus, TransferOp
+from flexkv_core.types import KEY_BYTES, Direction
+
+logger = logging.getLogger(__name__)
+
+STORE_PIECE_BYTES = 16 << 20
+"""A store is copied in pieces of this size: a load waits at most for one, about 2 ms at 8 GB/s."""
+
+
+@dataclass(frozen=True)
+class _Queued:
+    op: TransferOp
+    after: object
+    deadline: float  # time.monotonic()
+
+
+class TransferEngine:
+    """Implements :class:`~flexkv_core.transfer.plan.Executor` on a thread of this process.
+
+    Args:
+        copier: of this rank's device.
+        shard: which part of each slot is this rank's.
+        queue_ops_max: ops that may wait; more are refused.
+        timeout_s: an op that has not started after this long is reported as failed.
+        verify: check the checksum of each block that is loaded.
+    """
+
+    def __init__(
+        self, copier: DeviceCopier, *, shard: int = 0, queue_ops_max: int = 1024, timeout_s: float = 20.0, verify: bool = True
+    ) -> None:
+        self._copier = copier
+        self._shard = shard
+        self._queue_ops_max = queue_ops_max
+        self._timeout_s = timeout_s
+        self._verify = verify
+        self._changed = threading.Condition()
+        self._loads: OrderedDict[int, _Queued] = OrderedDict()
+        self._stores: OrderedDict[int, _Queued] = OrderedDict()
+        self._unfinished: set[int] = set()
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    def start(self, host: HostSegment, on_result: Callable[[OpResult], None]) -> None:
+        """Bind the copier to ``host`` and start the thread; ``on_result`` is called on it."""
+        self._copier.bind(host, self._shard)
+        self._piece_blocks = max(1, STORE_PIECE_BYTES // host.layout.shard_bytes)
+        self._on_result = on_result
+        self._thread = threading.Thread(target=self._work, name="flexkv-transfer", daemon=True)
+        self._thread.start()
+
+    def submit(self, op: TransferOp) -> None:
+        """Queue ``op`` behind what the device has been given so far."""
+        queue = self._loads if op.direction is Direction.LOAD else self._stores
+        queued = _Queued(op, self._copier.mark(), time.monotonic() + self._timeout_s)
+        with self._changed:
+            accepted = not self._closed and len(queue) < self._queue_ops_max
+            if accepted:
+                assert op.op_id not in self._unfinished, op.op_id
+                queue[op.op_id] = queued
+                self._unfinished.add(op.op_id)
+                self._changed.notify_all()
+        if not accepted:
+            self._on_result(_failed(op, OpStatus.FAILED))
+
+    def cancel(self, op_id: int) -> None:
+        with self._changed:
+            queued = self._loads.pop(op_id, None) or self._stores.pop(op_id, None)
+        if queued is not None:
+            self._report(_failed(queued.op, OpStatus.CANCELLED))
+
+    def drain(self, op_ids: Collection[int], timeout_s: float) -> bool:
+        """Wait until none of ``op_ids`` is queued or running; False when ``timeout_s`` passed first."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._unfinished.isdisjoint(op_ids), timeout_s)
+
+    def close(self) -> None:
+        """Report what is queued as cancelled and wait for the op that runs (a copy cannot be interrupted; it takes milliseconds)."""
+        with self._changed:
+            self._closed = True
+            queued = [*self._loads.values(), *self._stores.values()]
+            self._loads.clear()
+            self._stores.clear()
+            self._changed.notify_all()
+        for item in queued:
+            self._report(_failed(item.op, OpStatus.CANCELLED))
+        if self._thread is not None:
+            self._thread.join()
+
+    def _work(self) -> None:
+        _leave_pinned_core()
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._loads or self._stores)
+                if self._closed:
+                    return
+                item = (self._loads or self._stores).popitem(last=False)[1]
+            self._run(item)
+
+    def _run(self, item: _Queued) -> None:
+        op = item.op
+        if time.monotonic() > item.deadline:
+            logger.warning("%s of %d blocks waited longer than %.1f s: dropped", op.direction.value, len(op.slots), self._timeout_s)
+            self._report(_failed(op, OpStatus.FAILED))
+            return
+        started = time.monotonic()
+        try:
+            if op.direction is Direction.LOAD:
+                ok = self._copier.scatter(op, item.after, self._verify)
+            else:
+                ok = np.ones(len(op.slots), np.bool_)
+                self._store(item)
+        except Exception:  # the thread's edge: whatever a device raises is a miss, and the thread lives on
+            logger.exception("%s of %d blocks failed", op.direction.value, len(op.slots))
+            self._report(_failed(op, OpStatus.FAILED))
+            return
+        self._report(OpResult(op.op_id, OpStatus.DONE, ok, time.monotonic() - started))
+
+    def _store(self, item: _Queued) -> None:
+        op = item.op
+        per_slot = len(op.blocks) // len(op.slots)
+        for start in range(0, len(op.slots), self._piece_blocks):
+            stop = min(start + self._piece_blocks, len(op.slots))
+            piece = replace(
+                op,
+                keys=op.keys[start * KEY_BYTES : stop * KEY_BYTES],
+                slots=op.slots[start:stop],
+                blocks=op.blocks[start * per_slot : stop * per_slot],
+            )
+            self._copier.gather(piece, item.after)
+            self._let_loads_in()
+
+    def _let_loads_in(self) -> None:
+        while True:
+            with self._changed:
+                if self._closed or not self._loads:
+                    return
+                item = self._loads.popitem(last=False)[1]
+            self._run(item)
+
+    def _report(self, result: OpResult) -> None:
+        try:
+            self._on_result(result)
+        finally:
+            with self._changed:
+                self._unfinished.discard(result.op_id)
+                self._changed.notify_all()
+
+
+def _failed(op: TransferOp, status: OpStatus) -> OpResult:
+    return OpResult(op.op_id, status, np.zeros(len(op.slots), np.bool_))
+
+
+def _leave_pinned_core() -> None:
+    """An engine may have pinned the thread that started this one to a core; copies run on any."""
+    try:
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    except OSError as error:
+        logger.debug("transfer thread keeps its cores: %s", error)

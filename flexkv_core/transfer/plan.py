@@ -1,0 +1,99 @@
+"""What a transfer is: numbers only, so that it crosses a process boundary as a few flat buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from flexkv_core.layout import DeviceSegments
+from flexkv_core.storage.memory import HostSegment
+from flexkv_core.types import KEY_BYTES, BlockIds, Direction, Slots
+
+
+@dataclass(frozen=True)
+class TransferOp:
+    """Copies between device blocks and host slots.
+
+    Attributes:
+        op_id: unique in the manager that made it.
+        direction: LOAD copies slot -> device, STORE device -> slot.
+        keys: ``16 * n`` bytes, what each slot holds or will hold; seeds the checksums.
+        slots: int32 [n], host slots.
+        blocks: int64 [n * blocks_per_slot], device blocks, those of slot *i* at ``i * blocks_per_slot``.
+    """
+
+    op_id: int
+    direction: Direction
+    keys: bytes
+    slots: Slots
+    blocks: BlockIds
+
+    def __post_init__(self) -> None:
+        assert len(self.keys) == KEY_BYTES * len(self.slots), (len(self.keys), len(self.slots))
+        assert len(self.slots) and len(self.blocks) % len(self.slots) == 0, (len(self.blocks), len(self.slots))
+
+
+class OpStatus(Enum):
+    """How an op ended."""
+
+    DONE = "done"  # every block; see OpResult.ok
+    FAILED = "failed"  # nothing may be relied on
+    CANCELLED = "cancelled"  # never started
+
+
+@dataclass(frozen=True)
+class OpResult:
+    """The end of an op.
+
+    ``ok`` is bool [n]: which blocks arrived whole (a LOAD finds a block whose checksum does not match and leaves it out); all False
+    unless ``status`` is DONE. ``seconds`` is the time the copy took, without its wait in the queue.
+    """
+
+    op_id: int
+    status: OpStatus
+    ok: npt.NDArray[np.bool_]
+    seconds: float = 0.0
+
+
+class Executor(Protocol):
+    """Runs ops somewhere: on threads of this process, or on an engine's workers.
+
+    ``start`` comes first; ``host`` is the tier's memory. ``submit`` never blocks and takes ownership: it reports each op exactly once
+    through ``on_result``, on any thread, possibly before it returns. ``cancel`` drops an op that has not started; its report still
+    comes. After ``close`` returns no copy runs any more and every op has been reported.
+    """
+
+    def start(self, host: HostSegment, on_result: Callable[[OpResult], None]) -> None: ...
+
+    def submit(self, op: TransferOp) -> None: ...
+
+    def cancel(self, op_id: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class DeviceCopier(Protocol):
+    """Moves blocks between one rank's device memory and the slots of a host segment. Made by the kernels' package.
+
+    One thread calls ``gather`` and ``scatter`` at a time. Both raise TransferError when the copy as a whole failed.
+    """
+
+    segments: DeviceSegments
+
+    def bind(self, host: HostSegment, shard: int) -> None:
+        """Use ``host`` from now on; this rank's bytes are shard ``shard`` of every slot. Pins memory where the device needs it."""
+
+    def mark(self) -> object:
+        """A point in the device's work: everything that the engine has submitted so far, on the calling thread's stream."""
+
+    def gather(self, op: TransferOp, after: object) -> None:
+        """Device blocks -> slots, once the device has passed ``after``; writes the slots' checksums. Returns when the bytes are there."""
+
+    def scatter(self, op: TransferOp, after: object, verify: bool) -> npt.NDArray[np.bool_]:
+        """Slots -> device blocks, once the device has passed ``after``; bool [n], False for a block whose bytes do not match their
+        checksum (it is not copied). With ``verify`` False nothing is checked. Returns when the device may read the blocks."""
