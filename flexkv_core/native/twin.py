@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -345,7 +346,7 @@ def _expect_length(name: str, length: int, expected: int) -> None:
 
 
 def _token(token: Any) -> int:
-    value = int(token.__index__())
+    value = operator.index(token)
     if not -(2**31) <= value < 2**31:
         raise ValueError(f"token {value} is out of int32's range")
     return value

@@ -1,0 +1,20 @@
+/* The functions of the module, by the file that holds them. Contracts: _native.pyi. */
+#ifndef FLEXKV_FUNCTIONS_H
+#define FLEXKV_FUNCTIONS_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+/* hash.c */
+PyObject *fk_hash_blocks(PyObject *self, PyObject *args, PyObject *kwargs);
+PyObject *fk_pack_tokens(PyObject *self, PyObject *args, PyObject *kwargs);
+/* crc32c.c */
+PyObject *fk_crc32c(PyObject *self, PyObject *args, PyObject *kwargs);
+PyObject *fk_crc32c_slots(PyObject *self, PyObject *args, PyObject *kwargs);
+/* copy.c */
+PyObject *fk_gather(PyObject *self, PyObject *args, PyObject *kwargs);
+PyObject *fk_scatter(PyObject *self, PyObject *args, PyObject *kwargs);
+PyObject *fk_gather_crc(PyObject *self, PyObject *args, PyObject *kwargs);
+PyObject *fk_scatter_verify(PyObject *self, PyObject *args, PyObject *kwargs);
+
+#endif

@@ -1,0 +1,197 @@
+/* Block keys: chained XXH3-128 over tokens, and tokens out of Python sequences. */
+#include "buffers.h"
+#include "functions.h"
+
+#include <string.h>
+
+#define XXH_INLINE_ALL
+#include "xxhash.h"
+
+#define KEY_BYTES 16
+
+/* Tokens as int32. Returns bits of which one of the upper 32 is set where a token did not fit: gathered without a branch, so that the
+ * next block's tokens are read while this one's hash is under way. */
+static inline uint64_t narrow(int32_t *to, const int64_t *from, size_t n) {
+    uint64_t wrong = 0;
+    for (size_t i = 0; i < n; i++) {
+        to[i] = (int32_t)from[i];
+        wrong |= (uint64_t)from[i] + 0x80000000u;
+    }
+    return wrong;
+}
+
+static PyObject *refuse_token(const int64_t *tokens, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        if (tokens[i] != (int32_t)tokens[i])
+            return PyErr_Format(PyExc_ValueError, "token %lld is out of int32's range", (long long)tokens[i]);
+    return PyErr_Format(PyExc_ValueError, "a token was out of int32's range");
+}
+
+static inline void hash_one(uint8_t *key, const uint8_t *message, size_t n) {
+    XXH128_canonical_t digest;
+    XXH128_canonicalFromHash(&digest, XXH3_128bits(message, n));
+    memcpy(key, digest.digest, KEY_BYTES);
+}
+
+/* keys[i] = hash(key before || tokens of block i); returns narrow's bits. `message` has room for a key and one block, the key before
+ * stands in it. Inlined with a constant block size where that is common: XXH3 then drops its choice by length. */
+static inline __attribute__((always_inline)) uint64_t chain(uint8_t *keys, uint8_t *message, const void *tokens, int wide,
+                                                            size_t blocks, size_t block_tokens) {
+    uint64_t wrong = 0;
+    for (size_t i = 0; i < blocks; i++, keys += KEY_BYTES) {
+        if (wide)
+            wrong |= narrow((int32_t *)(message + KEY_BYTES), (const int64_t *)tokens + i * block_tokens, block_tokens);
+        else
+            memcpy(message + KEY_BYTES, (const int32_t *)tokens + i * block_tokens, 4 * block_tokens);
+        hash_one(message, message, KEY_BYTES + 4 * block_tokens);
+        memcpy(keys, message, KEY_BYTES);
+    }
+    return wrong;
+}
+
+/* The common block size, on the stack: the key then stays in registers from block to block. */
+static inline __attribute__((always_inline)) uint64_t chain_16(uint8_t *keys, const uint8_t *parent, const void *tokens, int wide,
+                                                               size_t blocks) {
+    uint8_t message[KEY_BYTES + 4 * 16] __attribute__((aligned(16)));
+    memcpy(message, parent, KEY_BYTES);
+    return chain(keys, message, tokens, wide, blocks, 16);
+}
+
+static uint64_t hash_chain(uint8_t *keys, uint8_t *message, const fk_buffer *tokens, size_t blocks, size_t block_tokens) {
+    int wide = tokens->view.itemsize == 8;
+    if (block_tokens == 16 && wide)
+        return chain_16(keys, message, tokens->view.buf, 1, blocks);
+    if (block_tokens == 16)
+        return chain_16(keys, message, tokens->view.buf, 0, blocks);
+    return chain(keys, message, tokens->view.buf, wide, blocks, block_tokens);
+}
+
+/* Keys of a checked call, or NULL with an error set. */
+static PyObject *hash_tokens(const fk_buffer *parent, const fk_buffer *tokens, size_t block_tokens) {
+    size_t blocks = (size_t)tokens->length / block_tokens;
+    PyObject *keys = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(blocks * KEY_BYTES));
+    if (!keys || !blocks)
+        return keys;
+    uint8_t *message = PyMem_RawMalloc(KEY_BYTES + 4 * block_tokens);
+    if (!message) {
+        Py_DECREF(keys);
+        return PyErr_NoMemory();
+    }
+    memcpy(message, parent->view.buf, KEY_BYTES);
+    uint64_t wrong;
+    FK_BEGIN_BULK(tokens->view.len)
+    wrong = hash_chain((uint8_t *)PyBytes_AS_STRING(keys), message, tokens, blocks, block_tokens);
+    FK_END_BULK
+    PyMem_RawFree(message);
+    if (wrong >> 32) {
+        Py_DECREF(keys);
+        return refuse_token(tokens->view.buf, blocks * block_tokens);
+    }
+    return keys;
+}
+
+PyObject *fk_hash_blocks(PyObject *self, PyObject *args, PyObject *kwargs) {
+    static char *names[] = {"parent", "tokens", "tokens_per_block", NULL};
+    PyObject *parent_object, *tokens_object, *keys = NULL;
+    Py_ssize_t block_tokens;
+    (void)self;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOn", names, &parent_object, &tokens_object, &block_tokens))
+        return NULL;
+    fk_buffer parent = {0}, tokens = {0};
+    if (fk_open(&parent, parent_object, "parent", FK_BYTES, 0) && fk_expect_length("parent", parent.length, KEY_BYTES)) {
+        if (block_tokens < 1 || block_tokens > PY_SSIZE_T_MAX / 8)
+            PyErr_Format(PyExc_ValueError, "tokens_per_block is %zd, expected at least 1", block_tokens);
+        else if (fk_open(&tokens, tokens_object, "tokens", FK_IDS, 0))
+            keys = hash_tokens(&parent, &tokens, (size_t)block_tokens);
+    }
+    fk_close(&parent), fk_close(&tokens);
+    return keys;
+}
+
+static int store_token(int32_t *to, PyObject *token) {
+    int overflow;
+    long value = PyLong_AsLongAndOverflow(token, &overflow);
+    if (value == -1 && PyErr_Occurred())
+        return 0;
+    if (overflow || value != (int32_t)value) {
+        PyErr_Format(PyExc_ValueError, "token %R is out of int32's range", token);
+        return 0;
+    }
+    *to = (int32_t)value;
+    return 1;
+}
+
+/* tokens[start:stop] of a list or tuple. A token with an __index__ of its own may change the list meanwhile, so its size is read anew
+ * each time and each token is held while it is asked. */
+static PyObject *pack_items(PyObject *tokens, Py_ssize_t start, Py_ssize_t stop) {
+    PyObject *packed = PyBytes_FromStringAndSize(NULL, 4 * (stop - start));
+    if (!packed)
+        return NULL;
+    int32_t *to = (int32_t *)PyBytes_AS_STRING(packed);
+    for (Py_ssize_t i = start; i < stop; i++) {
+        if (i >= PySequence_Fast_GET_SIZE(tokens)) {
+            PyErr_SetString(PyExc_ValueError, "tokens shrank while they were packed");
+            goto fail;
+        }
+        PyObject *token = PySequence_Fast_GET_ITEM(tokens, i);
+        Py_INCREF(token);
+        int stored = store_token(to++, token);
+        Py_DECREF(token);
+        if (!stored)
+            goto fail;
+    }
+    return packed;
+fail:
+    Py_DECREF(packed);
+    return NULL;
+}
+
+static PyObject *pack_buffer(const fk_buffer *tokens, Py_ssize_t start, Py_ssize_t stop) {
+    size_t count = (size_t)(stop - start);
+    PyObject *packed = PyBytes_FromStringAndSize(NULL, 4 * (stop - start));
+    if (!packed)
+        return NULL;
+    if (tokens->view.itemsize == 4) {
+        memcpy(PyBytes_AS_STRING(packed), (const int32_t *)tokens->view.buf + start, 4 * count);
+        return packed;
+    }
+    const int64_t *from = (const int64_t *)tokens->view.buf + start;
+    if (!(narrow((int32_t *)PyBytes_AS_STRING(packed), from, count) >> 32))
+        return packed;
+    Py_DECREF(packed);
+    return refuse_token(from, count);
+}
+
+/* Any other sequence: its slice, as a list. */
+static PyObject *pack_slice(PyObject *tokens, Py_ssize_t start, Py_ssize_t stop) {
+    PyObject *slice = PySequence_GetSlice(tokens, start, stop);
+    PyObject *items = slice ? PySequence_Fast(slice, "tokens must be a sequence") : NULL;
+    PyObject *packed = NULL;
+    if (items && fk_expect_length("tokens[start:stop]", PySequence_Fast_GET_SIZE(items), stop - start))
+        packed = pack_items(items, 0, stop - start);
+    Py_XDECREF(items);
+    Py_XDECREF(slice);
+    return packed;
+}
+
+PyObject *fk_pack_tokens(PyObject *self, PyObject *args, PyObject *kwargs) {
+    static char *names[] = {"tokens", "start", "stop", NULL};
+    PyObject *tokens;
+    Py_ssize_t start, stop;
+    (void)self;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Onn", names, &tokens, &start, &stop))
+        return NULL;
+    Py_ssize_t length = PySequence_Size(tokens);
+    if (length < 0)
+        return NULL;
+    if (start < 0 || start > stop || stop > length)
+        return PyErr_Format(PyExc_ValueError, "range [%zd, %zd) does not lie in %zd tokens", start, stop, length);
+    if (PyList_Check(tokens) || PyTuple_Check(tokens))
+        return pack_items(tokens, start, stop);
+    if (!PyObject_CheckBuffer(tokens))
+        return pack_slice(tokens, start, stop);
+    fk_buffer buffer = {0};
+    PyObject *packed = fk_open(&buffer, tokens, "tokens", FK_IDS, 0) ? pack_buffer(&buffer, start, stop) : NULL;
+    fk_close(&buffer);
+    return packed;
+}
