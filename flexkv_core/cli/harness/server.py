@@ -1,0 +1,179 @@
+"""A real ``vllm serve`` in a process group of its own, which is gone whatever way the block that uses it is left."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import httpx
+
+KV_TRANSFER_CONFIG = '{"kv_connector":"FlexKVConnector","kv_role":"kv_both"}'
+"""All that a user of vLLM types to have FlexKV."""
+
+CPU_ENVIRONMENT: Mapping[str, str] = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    # POST /reset_prefix_cache exists in development mode only.
+    "VLLM_SERVER_DEV_MODE": "1",
+    # Without it the first request with log-probabilities compiles for 15 s.
+    "TORCHDYNAMO_DISABLE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+CPU_ARGUMENTS: Sequence[str] = (
+    *("--enforce-eager", "--dtype", "float32", "--block-size", "64"),
+    *("--max-num-batched-tokens", "2048", "--enable-prompt-tokens-details"),
+)
+"""float32, because only there a hit and a recomputation are equal token for token; 64 is a block size that the CPU build takes."""
+
+_POLL_S = 0.2
+_GRACE_S = 30.0
+"""vLLM's own shutdown takes up to 15 s on a loaded machine; only after this long is the group killed."""
+
+
+class ServerError(RuntimeError):
+    """The server did not start, or died; the message ends with the tail of its log."""
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class VllmServer:
+    """Starts ``vllm serve`` and stops it; use it as a context manager, in the thread that outlives it.
+
+    ``arguments`` follow the model's name on the command line; ``environment`` is added to the caller's. The log goes to ``log_path``
+    (its folder must exist). Entering returns once ``/health`` answers, and raises ServerError when the process dies before that or
+    ``deadline_s`` passes. Leaving sends SIGTERM, and SIGKILL to the whole process group when that was not enough.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        log_path: Path,
+        deadline_s: float = 300.0,
+        python: str = sys.executable,
+    ) -> None:
+        self.port = free_port()
+        self.base_url = f"http://127.0.0.1:{self.port}"
+        self.log_path = log_path
+        self._deadline_s = deadline_s
+        self._process: subprocess.Popen[bytes] | None = None
+        serve = [python, "-m", "vllm.entrypoints.cli.main", "serve", str(model), *arguments]
+        self._command = [
+            *_die_with_parent(),
+            "env",
+            *(f"{name}={value}" for name, value in environment.items()),
+            *serve,
+            *("--host", "127.0.0.1", "--port", str(self.port)),
+        ]
+
+    @property
+    def pid(self) -> int:
+        """The server's process id, which is its group's too."""
+        assert self._process is not None, "the server was not started"
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether the server's first process runs."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def group_alive(self) -> bool:
+        """Whether any process of the server's group is left."""
+        try:
+            os.killpg(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def __enter__(self) -> VllmServer:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Starts the server and waits for ``/health``."""
+        with self.log_path.open("wb") as log:
+            self._process = subprocess.Popen(
+                self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        try:
+            self._wait_healthy()
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """SIGTERM, 30 s of grace, then SIGKILL for whatever of the group is left. A second call does nothing."""
+        if self._process is None:
+            return
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + _GRACE_S
+        # The first process may go before its children, which still have shared memory to remove.
+        while time.monotonic() < deadline and (self._process.poll() is None or self.group_alive):
+            time.sleep(_POLL_S / 4)
+        self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL for the whole group, at once; returns when the first process was reaped."""
+        if self._process is None:
+            return
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self._process.wait()
+
+    def log_text(self) -> str:
+        """All that the server has printed so far."""
+        return self.log_path.read_text(errors="replace")
+
+    def log_tail(self, lines: int = 40) -> str:
+        """The last lines of the log."""
+        return "\n".join(self.log_text().splitlines()[-lines:])
+
+    def _wait_healthy(self) -> None:
+        assert self._process is not None
+        deadline = time.monotonic() + self._deadline_s
+        with httpx.Client(base_url=self.base_url, timeout=5.0) as client:
+            while time.monotonic() < deadline:
+                if self._process.poll() is not None:
+                    raise ServerError(
+                        f"vllm serve ended with status {self._process.returncode} before it served; "
+                        f"the end of {self.log_path}:\n{self.log_tail()}"
+                    )
+                try:
+                    if client.get("/health").status_code == 200:
+                        return
+                except httpx.TransportError:
+                    pass
+                time.sleep(_POLL_S)
+        raise ServerError(
+            f"vllm serve did not answer within {self._deadline_s:.0f} s; the end of {self.log_path}:\n{self.log_tail()}"
+        )
+
+
+def _die_with_parent() -> list[str]:
+    """A prefix that has the kernel end the server when the starting thread dies, even by SIGKILL (util-linux; Linux only)."""
+    setpriv = shutil.which("setpriv")
+    return [setpriv, "--pdeathsig", "TERM"] if setpriv else []
