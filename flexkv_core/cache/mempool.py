@@ -1,0 +1,76 @@
+"""Fixed-size slots of one tier: which are free, which are taken."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from flexkv_core.types import Slots
+
+_FREE = -1
+
+
+class Mempool:
+    """A stack of free slot ids.
+
+    Slots come out ascending from a fresh pool, and slots that were returned together come out together in the order in which they
+    were returned: neighbours in a tier can then be moved by one I/O. Not thread-safe; the caller holds a lock.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        """``capacity``: number of slots, ids 0 … capacity - 1; at most 2**31 - 1."""
+        assert 0 <= capacity < 2**31, f"capacity of a pool must be in [0, 2**31), got {capacity}"
+        self.capacity = capacity
+        self._stack: Slots = np.arange(capacity - 1, -1, -1, dtype=np.int32)
+        self._free = capacity
+        # Per slot: _FREE, or any value >= 0 while taken. free() writes positions here to find a slot that is named twice.
+        self._mark: Slots = np.full(capacity, _FREE, dtype=np.int32)
+
+    @property
+    def free_count(self) -> int:
+        """Slots that can be allocated now."""
+        return self._free
+
+    @property
+    def used_count(self) -> int:
+        """Slots that are taken."""
+        return self.capacity - self._free
+
+    def allocate(self, count: int) -> Slots | None:
+        """Take ``count`` slots, all or nothing.
+
+        Returns an int32 array of shape [count] that the caller owns, or None (and nothing changes) when fewer are free.
+        """
+        assert count >= 0, f"cannot allocate {count} slots"
+        if count > self._free:
+            return None
+        top = self._free
+        slots = self._stack[top - count : top][::-1].copy()
+        self._mark[slots] = 0
+        self._free = top - count
+        return slots
+
+    def free(self, slots: Slots) -> None:
+        """Return slots, int32 of shape [n]. Each must be taken and be named once: anything else is a programmer's error."""
+        count = len(slots)
+        if count == 0:
+            return
+        mark = self._mark
+        lowest, highest = int(slots.min()), int(slots.max())
+        assert lowest >= 0, f"slot {lowest} was returned to a pool"
+        assert highest < self.capacity, f"slot {highest} was returned to a pool of {self.capacity}"
+        assert int(mark[slots].min()) >= 0, "a slot that is free was returned"
+        positions = np.arange(count, dtype=np.int32)
+        mark[slots] = positions
+        assert np.array_equal(mark[slots], positions), "a slot was returned twice in one call"
+        mark[slots] = _FREE
+        self._stack[self._free : self._free + count] = slots[::-1]
+        self._free += count
+
+    def taken(self) -> npt.NDArray[np.bool_]:
+        """Which slots are taken, bool of shape [capacity]; for the recount."""
+        taken: npt.NDArray[np.bool_] = self._mark != _FREE
+        stacked = np.ones(self.capacity, dtype=bool)
+        stacked[self._stack[: self._free]] = False
+        assert np.array_equal(taken, stacked), "the free stack and the marks of a pool differ"
+        return taken
