@@ -78,7 +78,8 @@ def _convert(source: Path, target: Path) -> None:
     fields.update(rms_norm_eps=1e-5, tie_word_embeddings=True, architectures=["LlamaForCausalLM"])
     model = LlamaForCausalLM(LlamaConfig(**fields)).to(torch.float32)
     missing, unexpected = model.load_state_dict(loaded.state_dict(), strict=False)
-    assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
+    assert not unexpected, unexpected
+    assert set(missing) <= {"lm_head.weight"}, missing
     model.tie_weights()
     model.save_pretrained(str(target))
     AutoTokenizer.from_pretrained(directory, gguf_file=source.name).save_pretrained(str(target))
@@ -91,7 +92,13 @@ def _write_notice(source: Path, target: Path) -> None:
     for file in distribution.files or []:
         if file.name == "LICENSE":
             shutil.copyfile(str(file.locate()), target / "LICENSE")
-    manifest = {"name": MODEL_NAME, "licence": "Apache-2.0", "package": PACKAGE, "version": distribution.version, "format": FORMAT}
+    manifest = {
+        "name": MODEL_NAME,
+        "licence": "Apache-2.0",
+        "package": PACKAGE,
+        "version": distribution.version,
+        "format": FORMAT,
+    }
     (target / "flexkv_demo_model.json").write_text(json.dumps(manifest, indent=1) + "\n")
 
 

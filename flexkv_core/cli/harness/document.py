@@ -8,12 +8,51 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-_FIRST = "Amber Birch Cedar Dunmore Ember Falcon Garnet Heron Iron Juniper Kestrel Linden Marlow Norden Osprey Pilgrim".split()
-_SECOND = "Head Point Rock Skerry Ness Reef Sound Island Bluff Bar Haven Cape".split()
+_FIRST = (
+    "Amber",
+    "Birch",
+    "Cedar",
+    "Dunmore",
+    "Ember",
+    "Falcon",
+    "Garnet",
+    "Heron",
+    "Iron",
+    "Juniper",
+    "Kestrel",
+    "Linden",
+)
+_SECOND = (
+    "Head",
+    "Point",
+    "Rock",
+    "Skerry",
+    "Ness",
+    "Reef",
+    "Sound",
+    "Island",
+    "Bluff",
+    "Bar",
+    "Haven",
+    "Cape",
+)
 _COASTS = ("northern", "western", "southern", "eastern")
 _STONES = ("granite", "sandstone", "brick", "cast iron", "limestone")
 _COLOURS = ("white", "white with a red band", "black and white", "grey", "red")
-_KEEPERS = "Alder Brandt Corin Doyle Eaves Farrow Gale Hollis Imber Jarvis Keane Lorne".split()
+_KEEPERS = (
+    "Alder",
+    "Brandt",
+    "Corin",
+    "Doyle",
+    "Eaves",
+    "Farrow",
+    "Gale",
+    "Hollis",
+    "Imber",
+    "Jarvis",
+    "Keane",
+    "Lorne",
+)
 
 
 @dataclass(frozen=True)
