@@ -8,10 +8,17 @@
 #include "xxhash.h"
 
 #define KEY_BYTES 16
+#define BATCH_TOKENS 1024
 
-/* Tokens as int32. Returns bits of which one of the upper 32 is set where a token did not fit: gathered without a branch, so that the
- * next block's tokens are read while this one's hash is under way. */
-static inline uint64_t narrow(int32_t *to, const int64_t *from, size_t n) {
+/* A loop for vectors of whatever width the processor has; without glibc there is no choice at run time. */
+#if defined(__x86_64__) && defined(__GLIBC__)
+#define WIDEST __attribute__((target_clones("default", "avx2", "avx512f")))
+#else
+#define WIDEST
+#endif
+
+/* Tokens as int32. Returns bits of which one of the upper 32 is set where a token did not fit. */
+WIDEST static uint64_t narrow(int32_t *to, const int64_t *from, size_t n) {
     uint64_t wrong = 0;
     for (size_t i = 0; i < n; i++) {
         to[i] = (int32_t)from[i];
@@ -33,37 +40,35 @@ static inline void hash_one(uint8_t *key, const uint8_t *message, size_t n) {
     memcpy(key, digest.digest, KEY_BYTES);
 }
 
-/* keys[i] = hash(key before || tokens of block i); returns narrow's bits. `message` has room for a key and one block, the key before
- * stands in it. Inlined with a constant block size where that is common: XXH3 then drops its choice by length. */
-static inline __attribute__((always_inline)) uint64_t chain(uint8_t *keys, uint8_t *message, const void *tokens, int wide,
-                                                            size_t blocks, size_t block_tokens) {
-    uint64_t wrong = 0;
-    for (size_t i = 0; i < blocks; i++, keys += KEY_BYTES) {
-        if (wide)
-            wrong |= narrow((int32_t *)(message + KEY_BYTES), (const int64_t *)tokens + i * block_tokens, block_tokens);
-        else
-            memcpy(message + KEY_BYTES, (const int32_t *)tokens + i * block_tokens, 4 * block_tokens);
+/* keys[i] = hash(key before || tokens of block i). `message` has room for a key and one block; the key before stands in it, and the
+ * last key stands in it after. Inlined with a constant block size where that is common: XXH3 then drops its choice by length. */
+static inline __attribute__((always_inline)) void chain(uint8_t *keys, uint8_t *message, const int32_t *tokens, size_t blocks,
+                                                        size_t block_tokens) {
+    for (size_t i = 0; i < blocks; i++, keys += KEY_BYTES, tokens += block_tokens) {
+        memcpy(message + KEY_BYTES, tokens, 4 * block_tokens);
         hash_one(message, message, KEY_BYTES + 4 * block_tokens);
         memcpy(keys, message, KEY_BYTES);
     }
-    return wrong;
 }
 
-/* The common block size, on the stack: the key then stays in registers from block to block. */
-static inline __attribute__((always_inline)) uint64_t chain_16(uint8_t *keys, const uint8_t *parent, const void *tokens, int wide,
-                                                               size_t blocks) {
-    uint8_t message[KEY_BYTES + 4 * 16] __attribute__((aligned(16)));
-    memcpy(message, parent, KEY_BYTES);
-    return chain(keys, message, tokens, wide, blocks, 16);
-}
-
-static uint64_t hash_chain(uint8_t *keys, uint8_t *message, const fk_buffer *tokens, size_t blocks, size_t block_tokens) {
-    int wide = tokens->view.itemsize == 8;
-    if (block_tokens == 16 && wide)
-        return chain_16(keys, message, tokens->view.buf, 1, blocks);
+static void hash_int32(uint8_t *keys, uint8_t *message, const int32_t *tokens, size_t blocks, size_t block_tokens) {
     if (block_tokens == 16)
-        return chain_16(keys, message, tokens->view.buf, 0, blocks);
-    return chain(keys, message, tokens->view.buf, wide, blocks, block_tokens);
+        chain(keys, message, tokens, blocks, 16);
+    else
+        chain(keys, message, tokens, blocks, block_tokens);
+}
+
+/* The same over int64 tokens, made int32 in batches that stay in the first-level cache; returns narrow's bits. `batch` has room for
+ * batch_blocks blocks. */
+static uint64_t hash_int64(uint8_t *keys, uint8_t *message, const int64_t *tokens, size_t blocks, size_t block_tokens, int32_t *batch,
+                           size_t batch_blocks) {
+    uint64_t wrong = 0;
+    for (size_t at = 0; at < blocks; at += batch_blocks) {
+        size_t count = blocks - at < batch_blocks ? blocks - at : batch_blocks;
+        wrong |= narrow(batch, tokens + at * block_tokens, count * block_tokens);
+        hash_int32(keys + KEY_BYTES * at, message, batch, count, block_tokens);
+    }
+    return wrong;
 }
 
 /* Keys of a checked call, or NULL with an error set. */
@@ -72,15 +77,20 @@ static PyObject *hash_tokens(const fk_buffer *parent, const fk_buffer *tokens, s
     PyObject *keys = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(blocks * KEY_BYTES));
     if (!keys || !blocks)
         return keys;
-    uint8_t *message = PyMem_RawMalloc(KEY_BYTES + 4 * block_tokens);
+    size_t message_bytes = KEY_BYTES + 4 * block_tokens, batch_blocks = 1 + BATCH_TOKENS / block_tokens;
+    uint8_t *message = PyMem_RawMalloc(message_bytes + 4 * block_tokens * batch_blocks);
     if (!message) {
         Py_DECREF(keys);
         return PyErr_NoMemory();
     }
     memcpy(message, parent->view.buf, KEY_BYTES);
-    uint64_t wrong;
+    uint8_t *to = (uint8_t *)PyBytes_AS_STRING(keys);
+    uint64_t wrong = 0;
     FK_BEGIN_BULK(tokens->view.len)
-    wrong = hash_chain((uint8_t *)PyBytes_AS_STRING(keys), message, tokens, blocks, block_tokens);
+    if (tokens->view.itemsize == 4)
+        hash_int32(to, message, tokens->view.buf, blocks, block_tokens);
+    else
+        wrong = hash_int64(to, message, tokens->view.buf, blocks, block_tokens, (int32_t *)(message + message_bytes), batch_blocks);
     FK_END_BULK
     PyMem_RawFree(message);
     if (wrong >> 32) {
