@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import ByteSize, Field, ValidationError
+from pydantic import ByteSize, Field, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -163,6 +163,16 @@ class FlexKVConfig(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """The arguments only: :func:`load_config` merges the other places itself, so that it can name them in errors."""
         return (init_settings,)
+
+    @field_validator("eviction")
+    @classmethod
+    def _known_policy(cls, name: str) -> str:
+        # Imported here: reading a configuration need not load the control plane until a policy is asked for.
+        from flexkv_core.cache.eviction import POLICIES
+
+        if name not in POLICIES:
+            raise ValueError(f"no such policy; known: {', '.join(sorted(POLICIES))}")
+        return name
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,68 @@
+"""Commands of ``flexkv``. Each loads what it needs when it is called, so that ``flexkv --help`` stays quick."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from flexkv_core.cli.bench import BENCHES, results_table, run_bench, write_json
+from flexkv_core.config import FlexKVConfig, Setting, effective_settings, markdown_table
+from flexkv_core.errors import ConfigError
+
+app = typer.Typer(
+    help="FlexKV, a tiered KV-cache manager for LLM inference engines.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _commands() -> None:
+    """Makes a group, so that commands keep their names however many there are."""
+
+
+@app.command()
+def config(
+    file: Annotated[Path | None, typer.Option("--file", help="Read this YAML or JSON file.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of all keys instead.")] = False,
+) -> None:
+    """Show the configuration in force here and where each value comes from."""
+    if markdown:
+        print(markdown_table())
+        return
+    try:
+        settings = effective_settings(file)
+    except ConfigError as error:
+        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False)
+        raise typer.Exit(1) from None
+    Console().print(_settings_table(settings))
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help=f"One of: {', '.join(BENCHES)}.")],
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write one flat JSON object here.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer repetitions: a smoke test, no figures.")] = False,
+) -> None:
+    """Measure one part of FlexKV on this machine."""
+    if name not in BENCHES:
+        raise typer.BadParameter(f"no benchmark {name!r}; there are: {', '.join(BENCHES)}")
+    console = Console()
+    console.print(f"{name}: {BENCHES[name].summary} …", highlight=False)
+    results = run_bench(name, quick)
+    console.print(results_table(name, results))
+    if json_file is not None:
+        write_json(json_file, results)
+
+
+def _settings_table(settings: list[Setting]) -> Table:
+    table = Table("key", "value", "from", "meaning", title="FlexKV's configuration")
+    for setting in settings:
+        meaning = FlexKVConfig.model_fields[setting.key].description
+        table.add_row(setting.key, str(setting.value), setting.origin, meaning)
+    return table

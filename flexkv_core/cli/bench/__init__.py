@@ -1,0 +1,97 @@
+"""Benchmarks by name, and the bars that their figures are held against.
+
+A benchmark is a module with ``run(quick: bool = False) -> dict[str, float | bool]``; the dictionary is what ``--json`` writes. A new one
+is one module and one entry of :data:`BENCHES`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.table import Table
+
+Results = Mapping[str, float | bool]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What a figure must reach: at most or at least ``limit``. What is reached on other machines may differ."""
+
+    relation: str  # "<=" or ">="
+    limit: float
+
+    def is_met(self, value: float) -> bool:
+        """Whether ``value`` is on the right side."""
+        return value <= self.limit if self.relation == "<=" else value >= self.limit
+
+    def __str__(self) -> str:
+        return f"{self.relation} {self.limit:g}"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where a benchmark's ``run`` lies (imported when it is asked for), what it measures, and its bars by figure."""
+
+    module: str
+    summary: str
+    bars: Mapping[str, Bar] = field(default_factory=dict)
+
+
+BENCHES: dict[str, Bench] = {
+    "control-plane": Bench(
+        "flexkv_core.cli.bench.control_plane",
+        "hash, match, plan and evict on an index of a million blocks",
+        {
+            "match_8192_us": Bar("<=", 10),
+            "match_8192_python_us": Bar("<=", 25),
+            "hash_block_ns": Bar("<=", 12),
+            "get_match_131072_us": Bar("<=", 150),
+            "put_match_131072_us": Bar("<=", 250),
+            "evict_8_of_100k_us": Bar("<=", 10),
+            "index_bytes_per_block": Bar("<=", 64),
+        },
+    ),
+    "host-copy": Bench(
+        "flexkv_core.cli.bench.host_copy",
+        "gather and scatter of paged blocks against one contiguous memcpy",
+        {f"{way}_{size}_ratio": Bar(">=", 0.9) for size in ("16k", "64k") for way in ("gather", "scatter")},
+    ),
+    "overhead": Bench(
+        "flexkv_core.cli.bench.overhead",
+        "time to first token of requests that miss, two real vLLM servers in turns, with and without FlexKV",
+        {"ttft_miss_ratio": Bar("<=", 1.03)},
+    ),
+}
+
+
+def run_bench(name: str, quick: bool = False) -> Results:
+    """Run the benchmark ``name`` (a key of :data:`BENCHES`). ``quick`` asks for a smoke test whose figures mean little."""
+    run: Callable[[bool], Results] = importlib.import_module(BENCHES[name].module).run
+    return run(quick)
+
+
+def results_table(name: str, results: Results) -> Table:
+    """The figures beside their bars."""
+    table = Table("figure", "value", "bar", "", title=name)
+    table.columns[1].justify = "right"
+    for key, value in results.items():
+        bar = BENCHES[name].bars.get(key)
+        verdict = "" if bar is None else ("[green]met[/green]" if bar.is_met(value) else "[red]missed[/red]")
+        table.add_row(key, _as_text(value), "" if bar is None else str(bar), verdict)
+    return table
+
+
+def write_json(path: Path, results: Results) -> None:
+    """One flat JSON object, keys in the order of the table."""
+    path.write_text(json.dumps(dict(results), indent=2) + "\n", encoding="utf-8")
+
+
+def _as_text(value: float | bool) -> str:
+    """Four significant digits for a figure, words for a switch."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
