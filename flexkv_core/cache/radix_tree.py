@@ -32,7 +32,7 @@ _TIERS = 3
 
 
 class _Run:
-    """One run. ``keys`` and ``slots`` may be longer than ``length``: a trimmed tail is cut off lazily."""
+    """One run. ``keys`` may be longer than ``length``, and slots be views of more: a trimmed tail is cut off lazily."""
 
     __slots__ = (
         "children",
@@ -70,16 +70,17 @@ class _Run:
         """Forget the blocks from ``length`` on; copies only when half of the room is unused."""
         self.length = length
         self.tail = self.keys[KEY_BYTES * (length - 1) : KEY_BYTES * length]
+        self.slots = [None if slots is None else slots[:length] for slots in self.slots]
         if KEY_BYTES * length <= len(self.keys) // 2:
             self.keys = self.keys[: KEY_BYTES * length]
-            self.slots = [None if slots is None else slots[:length].copy() for slots in self.slots]
+            self.slots = [None if slots is None else slots.copy() for slots in self.slots]
 
     def tier_slots(self, tier: int) -> Slots:
         """The slots of one tier, shape [length]; made when first asked for."""
         slots = self.slots[tier]
         if slots is None:
             slots = self.slots[tier] = np.full(self.length, -1, dtype=np.int32)
-        return slots[: self.length]
+        return slots
 
 
 class PyRunIndex:
@@ -114,30 +115,30 @@ class PyRunIndex:
         not hold the block. A run that is being written ends the walk unless ``through_writing``.
         """
         total = len(keys) // KEY_BYTES
-        heads = self._heads
+        find = self._heads.get
         position = at = 0
         found: _Run | None = None
+        walked: list[_Run] = []
         while position < total:
             begin = KEY_BYTES * position
-            run = heads.get(keys[begin : begin + KEY_BYTES])
+            run = find(keys[begin : begin + KEY_BYTES])
             # A head whose parent is not the run just left: the caller's keys are not chained. Stop rather than jump.
             if run is None or run.parent is not found or (run.writing and not through_writing):
                 break
-            take = run.length
-            end = begin + KEY_BYTES * take
+            found = run
+            walked.append(run)
+            at = run.length
+            end = begin + KEY_BYTES * at
             if keys[end - KEY_BYTES : end] != run.tail:
-                take = _agreement(run, keys, position, min(take, total - position))
-            if out is not None and position + take > start:
-                skip = max(0, start - position)
-                slots = run.slots[tier]
-                out[position + skip - start : position + take - start] = (
-                    -1 if slots is None else slots[skip:take]
-                )
-            position += take
-            found, at = run, take
-            if take < run.length:
+                at = _agreement(run, keys, position, min(at, total - position))
+            position += at
+            if at < run.length:
                 break
-        return position, -1 if found is None else found.run, at
+        if found is None:
+            return 0, -1, 0
+        if out is not None and position > start:
+            _copy_slots(walked, at, start, out[: position - start], tier)
+        return position, found.run, at
 
     def find(self, head: bytes) -> int:
         """The attached run whose first key is ``head``, or -1."""
@@ -177,7 +178,7 @@ class PyRunIndex:
         """A run's slots in one tier, int32 as bytes; None when the tier never held any of it."""
         r = self._runs[run]
         slots = r.slots[tier]
-        return None if slots is None else slots[: r.length].tobytes()
+        return None if slots is None else slots.tobytes()
 
     # ---- growing and shaping -------------------------------------------------------------------------------------------------
 
@@ -211,7 +212,7 @@ class PyRunIndex:
         for tier, slots in enumerate(tail.slots):
             if slots is not None:
                 head.slots[tier] = slots[:at].copy()
-                tail.slots[tier] = slots[at : tail.length].copy()
+                tail.slots[tier] = slots[at:].copy()
         if tail.parent is not None:
             tail.parent.children.remove(tail)
         tail.parent = head
@@ -299,7 +300,7 @@ class PyRunIndex:
             slots[held] = -1
         left = int(held[0]) if len(held) == want else 0
         self._cut_holes(r)
-        if r.length:
+        if not r.detached:
             return len(held), left, -1
         parent = r.parent
         self._free(r)
@@ -373,7 +374,7 @@ class PyRunIndex:
         keep = 0
         for slots in run.slots:
             if slots is not None:
-                held = np.flatnonzero(slots[: run.length] >= 0)
+                held = np.flatnonzero(slots >= 0)
                 keep = max(keep, int(held[-1]) + 1 if len(held) else 0)
         if keep == run.length:
             return
@@ -384,7 +385,7 @@ class PyRunIndex:
             run.trim(keep)
         else:
             del self._heads[run.head]
-            run.length = 0
+            run.slots = [None] * _TIERS
             run.detached = True
 
     def _leave(self, run: _Run) -> None:
@@ -414,8 +415,7 @@ class PyRunIndex:
     def _free(self, run: _Run) -> None:
         for tier, slots in enumerate(run.slots):
             if slots is not None:
-                held = slots[: run.length]
-                held = held[held >= 0]
+                held = slots[slots >= 0]
                 if len(held):
                     self._freed[tier].append(held)
         if run.parent is not None:
@@ -438,6 +438,17 @@ def _agreement(run: _Run, keys: bytes, position: int, limit: int) -> int:
         else:
             high = middle - 1
     return low
+
+
+def _copy_slots(walked: list[_Run], at: int, start: int, out: Slots, tier: int) -> None:
+    """Slots of the walked runs' blocks from ``start`` on; of the last run only the first ``at`` blocks. One call of numpy for all."""
+    pieces = [run.slots[tier] if run.slots[tier] is not None else run.tier_slots(tier) for run in walked]
+    pieces[-1] = walked[-1].tier_slots(tier)[:at]
+    while start >= len(pieces[0]):
+        start -= len(pieces.pop(0))
+    if start:
+        pieces[0] = pieces[0][start:]
+    np.concatenate(pieces, out=out)
 
 
 def _pick() -> Any:

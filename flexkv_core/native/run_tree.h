@@ -1,0 +1,91 @@
+/* The radix tree of path-compressed runs; no Python in here. What a run is, and what each operation means, stands in
+ * flexkv_core/cache/radix_tree.py, whose PyRunIndex is the oracle of this code. Not thread-safe; the caller holds a lock. */
+#ifndef FLEXKV_RUN_TREE_H
+#define FLEXKV_RUN_TREE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define FK_KEY_BYTES 16
+#define FK_TIERS 3
+
+/* A match reads the first 64 bytes of each run that it passes, and the slots. Head and tail are copies of the first and the last key:
+ * without them each comparison would wait for one more line of memory. */
+typedef struct {
+    uint8_t head[FK_KEY_BYTES];
+    uint8_t tail[FK_KEY_BYTES];
+    int32_t length;      /* blocks */
+    int32_t parent;      /* -1: the root */
+    int32_t first_child; /* -1: none; of an unused entry: the next unused one */
+    uint8_t used, writing, detached;
+    int32_t *slots[FK_TIERS]; /* `capacity` entries; NULL while the tier never held a block of this run */
+    uint8_t *keys;            /* `capacity` keys */
+    int32_t capacity;         /* >= length: a trimmed tail is cut off when half of the room is unused */
+    int32_t next, prev;       /* siblings */
+    int32_t children;
+    int32_t pins;
+} fk_run;
+
+typedef struct {
+    void *data;
+    size_t used, capacity; /* bytes */
+} fk_vector;
+
+typedef struct {
+    fk_run **chunks; /* runs by id, in chunks that never move: growing copies nothing and over-allocates one chunk at most */
+    int32_t chunk_count;
+    int32_t unused; /* first entry of the list of unused ids, -1: none */
+    int32_t first_root;
+    uint64_t *table; /* open addressing, linear probing: high 32 bits a hash of the head, low 32 bits id + 1; 0 = empty */
+    size_t table_size; /* a power of two */
+    size_t run_count;  /* attached runs = entries of the table */
+    int64_t blocks;    /* in attached runs */
+    int track_removed;
+    fk_vector freed[FK_TIERS]; /* int32 slots that were let go */
+    fk_vector removed;         /* keys of published blocks that left */
+} fk_tree;
+
+typedef struct {
+    int64_t blocks;
+    int32_t run, at;
+} fk_match;
+
+typedef struct {
+    int64_t freed; /* -1: not evictable, nothing was done */
+    int32_t left;
+    int32_t leaf;
+} fk_eviction;
+
+/* All that return int: 0 = done, FK_NO_MEMORY = nothing was changed. Ids must be of used runs (fk_tree_has). */
+enum { FK_DONE = 0, FK_NO_MEMORY = -2 };
+
+int fk_tree_init(fk_tree *tree, int track_removed);
+void fk_tree_destroy(fk_tree *tree);
+
+static inline fk_run *fk_tree_run(const fk_tree *tree, int32_t id);
+int fk_tree_has(const fk_tree *tree, int64_t id);
+int32_t fk_tree_find(const fk_tree *tree, const uint8_t *head);
+
+/* out: NULL, or room for the slots in `tier` of blocks start .. total - 1. */
+fk_match fk_tree_match(const fk_tree *tree, const uint8_t *keys, int64_t total, int64_t start, int32_t *out, int tier,
+                       int through_writing);
+int fk_tree_insert(fk_tree *tree, int32_t parent, const uint8_t *keys, int32_t length, int tier, const int32_t *slots, int32_t *id);
+int fk_tree_split(fk_tree *tree, int32_t id, int32_t at, int32_t *head_id);
+int fk_tree_merge(fk_tree *tree, int32_t id, int64_t blocks_max, int32_t *absorbed); /* *absorbed = -1: not possible */
+int fk_tree_set_slots(fk_tree *tree, int32_t id, int tier, int32_t at, const int32_t *slots, int32_t count);
+int fk_tree_release(fk_tree *tree, int32_t id, int32_t *leaf);
+int fk_tree_evict(fk_tree *tree, int32_t id, int tier, int64_t want, fk_eviction *result);
+/* Appends the ids that left the tree to `left` (int32). */
+int fk_tree_detach(fk_tree *tree, int32_t id, fk_vector *left);
+int fk_tree_evictable(const fk_tree *tree, int32_t id);
+size_t fk_tree_memory(const fk_tree *tree);
+
+int fk_vector_reserve(fk_vector *vector, size_t more);
+
+#define FK_CHUNK_RUNS 1024
+
+static inline fk_run *fk_tree_run(const fk_tree *tree, int32_t id) {
+    return &tree->chunks[id / FK_CHUNK_RUNS][id % FK_CHUNK_RUNS];
+}
+
+#endif
