@@ -1,8 +1,8 @@
 """Where a block's bytes lie: in a slot, and in the engine's tensors.
 
-One affine formula serves every engine. A device block is ``segment_count`` pieces of ``piece_bytes`` (a layer, or K and V of a layer);
-piece *s* of block *b* lies at ``addresses[s] + b * strides[s]``. In a slot the pieces of one device block follow each other, then
-those of the next device block of the same FlexKV block, then the next rank's shard::
+One affine formula serves every engine. A device block is one piece a segment (a layer, or K and V of a layer); piece *s* of block *b*
+lies at ``addresses[s] + b * strides[s]``. In a slot the pieces of one device block follow each other, then those of the next device
+block of the same FlexKV block, then the next rank's shard::
 
     slot = [shard 0: [device block 0: piece 0, piece 1, …] [device block 1: …] …] [shard 1: …] … padding to 4 KiB
 """
@@ -27,8 +27,7 @@ class KVLayout:
     Attributes:
         tokens_per_block: tokens of a FlexKV block; a multiple of ``device_block_tokens``.
         device_block_tokens: tokens of a block in the engine's paged cache.
-        segment_count: pieces of one device block.
-        piece_bytes: bytes of one piece.
+        device_block_bytes: bytes of one device block in all layers of one rank.
         shard_count: ranks that write a part of each slot (tensor parallel); 1 where all ranks hold the same bytes.
 
     Raises:
@@ -38,12 +37,11 @@ class KVLayout:
 
     tokens_per_block: int
     device_block_tokens: int
-    segment_count: int
-    piece_bytes: int
+    device_block_bytes: int
     shard_count: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("tokens_per_block", "device_block_tokens", "segment_count", "piece_bytes", "shard_count"):
+        for name in ("tokens_per_block", "device_block_tokens", "device_block_bytes", "shard_count"):
             value = getattr(self, name)
             if value <= 0:
                 raise LayoutError(f"{name} is {value}; it must be at least 1")
@@ -61,7 +59,7 @@ class KVLayout:
     @property
     def shard_bytes(self) -> int:
         """Bytes that one rank writes into a slot."""
-        return self.blocks_per_slot * self.segment_count * self.piece_bytes
+        return self.blocks_per_slot * self.device_block_bytes
 
     @property
     def slot_bytes(self) -> int:
@@ -104,3 +102,8 @@ class DeviceSegments:
                 f"segments: found a stride of {int(self.strides.min())} bytes; expected at least the piece's"
                 f" {self.piece_bytes}"
             )
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block in all segments."""
+        return len(self.addresses) * self.piece_bytes

@@ -66,12 +66,21 @@ class KVManager:
         model_config: what the bytes are.
         cache_config: the tiers and their limits.
         device: a copier of this process's device, or an executor that reaches other processes' devices.
+        track_removed: collect the keys of blocks that leave the cache, for :meth:`take_removed`.
     """
 
-    def __init__(self, model_config: ModelConfig, cache_config: FlexKVConfig, device: DeviceCopier | Executor) -> None:
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        cache_config: FlexKVConfig,
+        device: DeviceCopier | Executor,
+        track_removed: bool = False,
+    ) -> None:
         self.layout = model_config.layout
         self.config = cache_config
-        self.root = fingerprint({**model_config.identity, "layout": repr(self.layout), "namespace": cache_config.namespace})
+        self.root = fingerprint(
+            {**model_config.identity, "layout": repr(self.layout), "namespace": cache_config.namespace}
+        )
         self._executor: Executor = device if _is_executor(device) else _engine_for(device, cache_config)  # type: ignore[arg-type,assignment]
         self._slot_count = _slot_count(cache_config, self.layout)
         self._changed = threading.Condition(threading.RLock())
@@ -80,7 +89,9 @@ class KVManager:
         self._counters = Counters()
         self._host: HostSegment | None = None
         self._closed = False
-        self._cache = GlobalCacheEngine({Tier.HOST: self._slot_count}, eviction=cache_config.eviction)
+        self._cache = GlobalCacheEngine(
+            {Tier.HOST: self._slot_count}, eviction=cache_config.eviction, track_removed=track_removed
+        )
 
     # Life
 
@@ -98,7 +109,10 @@ class KVManager:
             self._host.populate()
             self._executor.start(self._host, self._on_result)
         logger.info(
-            "host tier: %d blocks of %d tokens, %d bytes each", self._slot_count, self.layout.tokens_per_block, self.layout.slot_bytes
+            "host tier: %d blocks of %d tokens, %d bytes each",
+            self._slot_count,
+            self.layout.tokens_per_block,
+            self.layout.slot_bytes,
         )
 
     def is_ready(self) -> bool:
@@ -133,7 +147,17 @@ class KVManager:
     def counters(self) -> Counters:
         """A consistent copy of the counters."""
         with self._changed:
-            return replace(self._counters, evicted_blocks=self._cache.stats.evicted_blocks)
+            return replace(self._counters, evicted_blocks=self._cache.stats.blocks_evicted)
+
+    def usage(self) -> tuple[int, int]:
+        """Slots of the host tier that are taken, and all."""
+        with self._changed:
+            return self._cache.used(Tier.HOST), self._slot_count
+
+    def take_removed(self) -> bytes:
+        """Keys of the blocks that left the cache since the last call, other than by :meth:`reset`; empty unless tracked."""
+        with self._changed:
+            return self._cache.take_removed()
 
     def check_integrity(self) -> None:
         """Recount the index and the pools; AssertionError says what differs. For tests; takes time."""
@@ -143,7 +167,10 @@ class KVManager:
     # By tokens
 
     def get_match(
-        self, token_ids: TokenIds, token_mask: npt.NDArray[np.bool_] | None = None, namespace: Sequence[str] | None = None
+        self,
+        token_ids: TokenIds,
+        token_mask: npt.NDArray[np.bool_] | None = None,
+        namespace: Sequence[str] | None = None,
     ) -> tuple[int, npt.NDArray[np.bool_]]:
         """Find the longest cached prefix and pin it until the task ends.
 
@@ -161,7 +188,10 @@ class KVManager:
         return task.task_id, task.mask(task.block_count, self.layout.tokens_per_block)
 
     def put_match(
-        self, token_ids: TokenIds, token_mask: npt.NDArray[np.bool_] | None = None, namespace: Sequence[str] | None = None
+        self,
+        token_ids: TokenIds,
+        token_mask: npt.NDArray[np.bool_] | None = None,
+        namespace: Sequence[str] | None = None,
     ) -> tuple[int, npt.NDArray[np.bool_]]:
         """Reserve slots for the blocks that are not cached yet, evicting where room is short.
 
@@ -173,7 +203,11 @@ class KVManager:
         tokens = token_array(token_ids)
         stop = len(tokens) if token_mask is None else last_true(token_mask, len(tokens))
         task = self._begin_put(self._keys(tokens[:stop], namespace), len(tokens))
-        if token_mask is not None and task.block_count and not token_mask[task.start_block * self.layout.tokens_per_block]:
+        if (
+            token_mask is not None
+            and task.block_count
+            and not token_mask[task.start_block * self.layout.tokens_per_block]
+        ):
             self.cancel([task.task_id])  # an earlier block is missing that the caller does not hold
         return task.task_id, task.mask(task.block_count, self.layout.tokens_per_block)
 
@@ -237,14 +271,18 @@ class KVManager:
                 continue
             try:
                 blocks = task.device_blocks(
-                    np.asarray(slot_mapping, np.int64), self.layout.tokens_per_block, self.layout.device_block_tokens
+                    np.asarray(slot_mapping, np.int64),
+                    self.layout.tokens_per_block,
+                    self.layout.device_block_tokens,
                 )
             except ValueError:
                 self.cancel([task_id])
                 raise
             self.launch_blocks(task_id, blocks)
 
-    def wait(self, task_ids: int | Iterable[int], timeout: float = 20.0, completely: bool = False) -> dict[int, KVResponse]:
+    def wait(
+        self, task_ids: int | Iterable[int], timeout: float = 20.0, completely: bool = False
+    ) -> dict[int, KVResponse]:
         """Wait at most ``timeout`` seconds until all tasks ended. What ended is forgotten; TIMEOUT marks what did not.
 
         ``completely``: wait for lower tiers as well (the host tier is the only one that a put waits for today).
@@ -270,6 +308,8 @@ class KVManager:
                 task.cancelled = True
                 if not task.launched:
                     self._end(task, KVResponseStatus.CANCELLED)
+                    if task.on_done is not None:
+                        del self._tasks[task_id]
                     continue
             self._executor.cancel(task_id)
 
@@ -294,7 +334,8 @@ class KVManager:
         """Start a task's copy. ``blocks``: int64 [blocks of the task * blocks_per_slot], device blocks in order."""
         with self._changed:
             task = self._tasks[task_id]
-            assert not task.launched and len(blocks) == task.block_count * self.layout.blocks_per_slot
+            assert not task.launched
+            assert len(blocks) == task.block_count * self.layout.blocks_per_slot
             task.launched = True
             op = TransferOp(task_id, task.direction, task.keys, task.slots, blocks)
         self._executor.submit(op)
@@ -312,14 +353,35 @@ class KVManager:
             self._counters.lookup_tokens += len(keys) // KEY_BYTES * self.layout.tokens_per_block
             plan = self._cache.plan_get(keys if not self._closed else b"", start_block)
             self._counters.hit_tokens += len(plan.host_slots) * self.layout.tokens_per_block
-            moving = keys[start_block * KEY_BYTES : plan.blocks * KEY_BYTES]
-            return self._remember(Task(self._new_id(), Direction.LOAD, plan, start_block, moving, plan.host_slots, tokens, on_done))
+            return self._remember(
+                Task(
+                    self._new_id(),
+                    Direction.LOAD,
+                    plan,
+                    start_block,
+                    plan.keys,
+                    plan.host_slots,
+                    tokens,
+                    on_done,
+                )
+            )
 
     def _begin_put(self, keys: bytes, tokens: int, on_done: Callable[[TaskDone], None] | None = None) -> Task:
         with self._changed:
             plan = self._cache.plan_put(keys if not self._closed else b"")
             self._counters.dropped_blocks += max(0, len(keys) // KEY_BYTES - plan.start_block - plan.count)
-            return self._remember(Task(self._new_id(), Direction.STORE, plan, plan.start_block, plan.keys, plan.slots, tokens, on_done))
+            return self._remember(
+                Task(
+                    self._new_id(),
+                    Direction.STORE,
+                    plan,
+                    plan.start_block,
+                    plan.keys,
+                    plan.slots,
+                    tokens,
+                    on_done,
+                )
+            )
 
     def _new_id(self) -> int:
         self._next_task_id += 1
@@ -409,7 +471,9 @@ class KVManager:
         if not task.ended:
             return KVResponse(unready, task_id)
         del self._tasks[task_id]
-        return KVResponse(task.status, task_id, task.mask(prefix_length(task.ok), self.layout.tokens_per_block))
+        return KVResponse(
+            task.status, task_id, task.mask(prefix_length(task.ok), self.layout.tokens_per_block)
+        )
 
 
 def _slot_count(config: FlexKVConfig, layout: KVLayout) -> int:
@@ -424,11 +488,12 @@ def _slot_count(config: FlexKVConfig, layout: KVLayout) -> int:
 
 def _engine_for(copier: DeviceCopier, config: FlexKVConfig) -> TransferEngine:
     return TransferEngine(
-        copier, queue_ops_max=config.queue_ops_max, timeout_s=config.transfer_timeout_s, verify=config.verify_checksums
+        copier,
+        queue_ops_max=config.queue_ops_max,
+        timeout_s=config.transfer_timeout_s,
+        verify=config.verify_checksums,
     )
 
 
 def _is_executor(device: object) -> bool:
     return hasattr(device, "submit")
-
-

@@ -64,10 +64,12 @@ class Task:
 
     @property
     def block_count(self) -> int:
+        """Blocks that move."""
         return len(self.slots)
 
     @property
     def ended(self) -> bool:
+        """Whether the outcome is known."""
         return self.status is not KVResponseStatus.UNREADY
 
     def mask(self, blocks: int, tokens_per_block: int) -> npt.NDArray[np.bool_]:
@@ -77,7 +79,9 @@ class Task:
             mask[self.start_block * tokens_per_block : (self.start_block + blocks) * tokens_per_block] = True
         return mask
 
-    def device_blocks(self, slot_mapping: npt.NDArray[np.int64], tokens_per_block: int, device_block_tokens: int) -> BlockIds:
+    def device_blocks(
+        self, slot_mapping: npt.NDArray[np.int64], tokens_per_block: int, device_block_tokens: int
+    ) -> BlockIds:
         """int64 [blocks]: device blocks of the tokens that move, from the places of all tokens or of just these.
 
         Raises:
@@ -92,8 +96,15 @@ class Task:
                 )
             start = self.start_block * tokens_per_block
             slot_mapping = slot_mapping[start : start + wanted]
-        first, last = slot_mapping[::device_block_tokens], slot_mapping[device_block_tokens - 1 :: device_block_tokens]
-        if (first % device_block_tokens).any() or (last - first != device_block_tokens - 1).any() or (first < 0).any():
+        first, last = (
+            slot_mapping[::device_block_tokens],
+            slot_mapping[device_block_tokens - 1 :: device_block_tokens],
+        )
+        if (
+            (first % device_block_tokens).any()
+            or (last - first != device_block_tokens - 1).any()
+            or (first < 0).any()
+        ):
             raise ValueError(
                 f"slot_mapping of task {self.task_id} does not follow blocks of {device_block_tokens} tokens: each must begin at a"
                 " multiple and count up"
@@ -109,7 +120,9 @@ def token_array(token_ids: TokenIds) -> TokenIds:
     """
     tokens = np.ascontiguousarray(token_ids)
     if tokens.ndim != 1 or tokens.dtype not in (np.int32, np.int64):
-        raise ValueError(f"token_ids: found {tokens.dtype} of shape {tokens.shape}; expected int32 or int64, one dimension")
+        raise ValueError(
+            f"token_ids: found {tokens.dtype} of shape {tokens.shape}; expected int32 or int64, one dimension"
+        )
     return tokens
 
 
@@ -129,7 +142,9 @@ def last_true(mask: npt.NDArray[np.bool_], tokens: int) -> int:
 
 def _check_mask(mask: npt.NDArray[np.bool_], tokens: int) -> None:
     if mask.shape != (tokens,) or mask.dtype != np.bool_:
-        raise ValueError(f"token_mask: found {mask.dtype} of shape {mask.shape}; expected bool of shape ({tokens},)")
+        raise ValueError(
+            f"token_mask: found {mask.dtype} of shape {mask.shape}; expected bool of shape ({tokens},)"
+        )
 
 
 def prefix_length(ok: npt.NDArray[np.bool_]) -> int:

@@ -54,7 +54,9 @@ class HostSegment:
         checksums: uint32 [slot_count, shard_count], CRC32C of each shard's image, seeded with the block's key.
     """
 
-    def __init__(self, fd: int, slot_count: int, layout: KVLayout, huge_pages: bool, owner_pid: int, owner_fd: int) -> None:
+    def __init__(
+        self, fd: int, slot_count: int, layout: KVLayout, huge_pages: bool, owner_pid: int, owner_fd: int
+    ) -> None:
         self.slot_count = slot_count
         self.layout = layout
         self.handle = SegmentHandle(owner_pid, owner_fd, slot_count, layout, huge_pages)
@@ -67,7 +69,9 @@ class HostSegment:
         self._base = int(view.ctypes.data)
         self.address = self._base + header
         count = slot_count * layout.shard_count
-        self.checksums: npt.NDArray[np.uint32] = view[: count * 4].view(np.uint32).reshape(slot_count, layout.shard_count)
+        self.checksums: npt.NDArray[np.uint32] = (
+            view[: count * 4].view(np.uint32).reshape(slot_count, layout.shard_count)
+        )
 
     @classmethod
     def create(cls, slot_count: int, layout: KVLayout, huge_pages: bool = False) -> HostSegment:
@@ -131,7 +135,9 @@ class HostSegment:
         libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
         size = len(self._map)
         if not self.handle.huge_pages:
-            libc.madvise(self._base, size, _MADV_HUGEPAGE)  # refused where the kernel has no transparent huge pages
+            libc.madvise(
+                self._base, size, _MADV_HUGEPAGE
+            )  # refused where the kernel has no transparent huge pages
         for offset in range(0, size, _POPULATE_STEP_BYTES):
             step = min(_POPULATE_STEP_BYTES, size - offset)
             if self._closing.is_set():

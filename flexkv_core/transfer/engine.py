@@ -45,7 +45,13 @@ class TransferEngine:
     """
 
     def __init__(
-        self, copier: DeviceCopier, *, shard: int = 0, queue_ops_max: int = 1024, timeout_s: float = 20.0, verify: bool = True
+        self,
+        copier: DeviceCopier,
+        *,
+        shard: int = 0,
+        queue_ops_max: int = 1024,
+        timeout_s: float = 20.0,
+        verify: bool = True,
     ) -> None:
         self._copier = copier
         self._shard = shard
@@ -82,6 +88,7 @@ class TransferEngine:
             self._on_result(_failed(op, OpStatus.FAILED))
 
     def cancel(self, op_id: int) -> None:
+        """Drop an op that still waits; it is reported as cancelled."""
         with self._changed:
             queued = self._loads.pop(op_id, None) or self._stores.pop(op_id, None)
         if queued is not None:
@@ -118,7 +125,12 @@ class TransferEngine:
     def _run(self, item: _Queued) -> None:
         op = item.op
         if time.monotonic() > item.deadline:
-            logger.warning("%s of %d blocks waited longer than %.1f s: dropped", op.direction.value, len(op.slots), self._timeout_s)
+            logger.warning(
+                "%s of %d blocks waited longer than %.1f s: dropped",
+                op.direction.value,
+                len(op.slots),
+                self._timeout_s,
+            )
             self._report(_failed(op, OpStatus.FAILED))
             return
         started = time.monotonic()

@@ -24,7 +24,8 @@ class TransferOp:
         direction: LOAD copies slot -> device, STORE device -> slot.
         keys: ``16 * n`` bytes, what each slot holds or will hold; seeds the checksums.
         slots: int32 [n], host slots.
-        blocks: int64 [n * blocks_per_slot], device blocks, those of slot *i* at ``i * blocks_per_slot``.
+        blocks: int64 [n * blocks_per_slot], device blocks, those of slot *i* at ``i * blocks_per_slot``; in a LOAD, -1
+            leaves that part of the slot out.
     """
 
     op_id: int
@@ -35,7 +36,8 @@ class TransferOp:
 
     def __post_init__(self) -> None:
         assert len(self.keys) == KEY_BYTES * len(self.slots), (len(self.keys), len(self.slots))
-        assert len(self.slots) and len(self.blocks) % len(self.slots) == 0, (len(self.blocks), len(self.slots))
+        assert len(self.slots) > 0
+        assert len(self.blocks) % len(self.slots) == 0, (len(self.blocks), len(self.slots))
 
 
 class OpStatus(Enum):
@@ -68,13 +70,17 @@ class Executor(Protocol):
     comes. After ``close`` returns no copy runs any more and every op has been reported.
     """
 
-    def start(self, host: HostSegment, on_result: Callable[[OpResult], None]) -> None: ...
+    def start(self, host: HostSegment, on_result: Callable[[OpResult], None]) -> None:
+        """Begin to take ops."""
 
-    def submit(self, op: TransferOp) -> None: ...
+    def submit(self, op: TransferOp) -> None:
+        """Take ``op``."""
 
-    def cancel(self, op_id: int) -> None: ...
+    def cancel(self, op_id: int) -> None:
+        """Drop an op that has not started."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End."""
 
 
 class DeviceCopier(Protocol):

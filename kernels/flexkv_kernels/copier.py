@@ -40,6 +40,16 @@ class CpuCopier:
         return cls(segments_of(tensors, block_dim), keep_alive=list(tensors))
 
     def bind(self, host: HostSegment, shard: int) -> None:
+        """Use ``host``; see the protocol.
+
+        Raises:
+            LayoutError: the slots are made for blocks of another size.
+        """
+        if self.segments.block_bytes != host.layout.device_block_bytes:
+            raise LayoutError(
+                f"KV tensors: found {self.segments.block_bytes} bytes a block in {len(self.segments.addresses)} segments; expected"
+                f" {host.layout.device_block_bytes} bytes"
+            )
         self._host = host
         self._shard = shard
 
@@ -48,11 +58,13 @@ class CpuCopier:
         return None
 
     def gather(self, op: TransferOp, after: object) -> None:
+        """Blocks -> slots, and the slots' checksums; see the protocol."""
         checksums = np.empty(len(op.slots), np.uint32)
         native.gather_crc(**self._arguments(op), keys=op.keys, crc_out=checksums)
         self._host.checksums[op.slots, self._shard] = checksums
 
     def scatter(self, op: TransferOp, after: object, verify: bool) -> npt.NDArray[np.bool_]:
+        """Slots -> blocks, each checked while it is in the cache; see the protocol."""
         if not verify:
             native.scatter(**self._arguments(op))
             return np.ones(len(op.slots), np.bool_)

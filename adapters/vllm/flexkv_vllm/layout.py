@@ -1,0 +1,145 @@
+"""vLLM's KV cache in FlexKV's words: the shape of a slot, the segments of the tensors, and which models are understood.
+
+Whole blocks are moved, never parts of one: on a CPU the bytes within a block are packed in a way that the tensor's shape does not tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, MLAAttentionSpec
+
+from flexkv_core.config import FlexKVConfig
+from flexkv_core.errors import ConfigError, LayoutError
+from flexkv_core.layout import DeviceSegments, KVLayout
+from flexkv_kernels.copier import segments_of
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+_SUPPORTED_SPECS = (FullAttentionSpec, MLAAttentionSpec)
+_DRAFTS_WITHOUT_KV = ("ngram", "suffix")
+
+
+def check_supported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+    """Refuse what would not be served right.
+
+    Raises:
+        ConfigError: with the reason and what to change.
+    """
+    parallel = vllm_config.parallel_config
+    for name, value in (
+        ("pipeline_parallel_size", parallel.pipeline_parallel_size),
+        ("decode_context_parallel_size", getattr(parallel, "decode_context_parallel_size", 1)),
+        ("prefill_context_parallel_size", getattr(parallel, "prefill_context_parallel_size", 1)),
+    ):
+        if value != 1:
+            raise ConfigError(f"FlexKV: {name} = {value} is not supported yet; it must be 1")
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.method not in _DRAFTS_WITHOUT_KV:
+        raise ConfigError(
+            f"FlexKV: speculative decoding with method {speculative.method!r} keeps KV of a draft model, which is not supported yet;"
+            f" allowed: {', '.join(_DRAFTS_WITHOUT_KV)}"
+        )
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) != 1:
+        kinds = ", ".join(sorted({type(group.kv_cache_spec).__name__ for group in groups}))
+        raise ConfigError(
+            f"FlexKV: the model has {len(groups)} KV cache groups ({kinds}); only models with one group of full attention or MLA are"
+            " supported yet"
+        )
+    for name, spec in _layer_specs(kv_cache_config):
+        if type(spec) not in _SUPPORTED_SPECS:
+            raise ConfigError(
+                f"FlexKV: layer {name} keeps its KV as {type(spec).__name__}; only full attention and MLA are supported yet,"
+                " because other layers do not keep every block"
+            )
+
+
+def slot_layout(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: FlexKVConfig) -> KVLayout:
+    """The shape of a slot; equal in the scheduler and all workers.
+
+    Raises:
+        ConfigError: ``tokens_per_block`` is no multiple of the engine's block size.
+    """
+    block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+    return KVLayout(
+        tokens_per_block=config.tokens_per_block or block_size,
+        device_block_tokens=block_size,
+        device_block_bytes=sum(spec.page_size_bytes for _, spec in _layer_specs(kv_cache_config)),
+        shard_count=vllm_config.parallel_config.tensor_parallel_size,
+    )
+
+
+def device_segments(kv_caches: Mapping[str, torch.Tensor], kv_cache_config: KVCacheConfig) -> DeviceSegments:
+    """One segment a layer, or two where K and V lie apart; layers that share a tensor count once.
+
+    Raises:
+        LayoutError: a tensor's blocks do not lie as expected.
+    """
+    block_count = kv_cache_config.num_blocks
+    planes: dict[int, torch.Tensor] = {}
+    for name in sorted(kv_caches, key=_layer_order(kv_cache_config)):
+        for plane in _planes(name, kv_caches[name], block_count):
+            planes.setdefault(plane.data_ptr(), plane)
+    return segments_of(list(planes.values()))
+
+
+def identity(
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: FlexKVConfig
+) -> dict[str, object]:
+    """What must agree before bytes may be shared; enters the root of every key."""
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    _, spec = next(iter(_layer_specs(kv_cache_config)))
+    import vllm
+
+    return {
+        "engine": "vllm",
+        "engine_version": vllm.__version__,
+        "model": config.model_id or model.model,
+        "revision": config.model_revision or model.revision,
+        "quantization": model.quantization,
+        "weights_dtype": str(model.dtype),
+        "kv_dtype": str(cache.cache_dtype),
+        "kv_spec": repr(spec),
+        "kv_layout": getattr(kv_cache_config, "kv_cache_layout", None),
+        "layers": len(list(_layer_specs(kv_cache_config))),
+        "device": vllm_config.device_config.device_type,
+        # On a CPU, K is packed for the instruction set that the kernels chose.
+        "packing": torch.backends.cpu.get_cpu_capability()
+        if vllm_config.device_config.device_type == "cpu"
+        else None,
+        "tensor_parallel": vllm_config.parallel_config.tensor_parallel_size,
+    }
+
+
+def _layer_specs(kv_cache_config: KVCacheConfig) -> Iterable[tuple[str, KVCacheSpec]]:
+    """Name and spec of every layer of the one group, in vLLM's order."""
+    group = kv_cache_config.kv_cache_groups[0]
+    per_layer: Mapping[str, Any] | None = getattr(group.kv_cache_spec, "kv_cache_specs", None)
+    return [(name, per_layer[name] if per_layer else group.kv_cache_spec) for name in group.layer_names]
+
+
+def _layer_order(kv_cache_config: KVCacheConfig) -> Any:
+    order = {name: index for index, name in enumerate(kv_cache_config.kv_cache_groups[0].layer_names)}
+    return lambda name: (order.get(name, len(order)), name)
+
+
+def _planes(name: str, tensor: torch.Tensor, block_count: int) -> list[torch.Tensor]:
+    """Views of ``tensor`` whose first dimension counts the engine's blocks."""
+    if not isinstance(tensor, torch.Tensor) or tensor.dim() < 2:
+        raise LayoutError(
+            f"KV cache of {name}: found {type(tensor).__name__}; expected one tensor of at least two dimensions"
+        )
+    if tensor.shape[0] == 2 and tensor.shape[0] != block_count and tensor.shape[1] % block_count == 0:
+        return [plane for half in tensor for plane in _planes(name, half, block_count)]
+    if tensor.shape[0] % block_count:
+        raise LayoutError(
+            f"KV cache of {name}: found shape {tuple(tensor.shape)}; expected the first dimension to be a multiple of the"
+            f" {block_count} blocks of the engine"
+        )
+    split = tensor.shape[0] // block_count  # kernels may divide an engine's block into several of their own
+    return [tensor if split == 1 else tensor.unflatten(0, (block_count, split))]

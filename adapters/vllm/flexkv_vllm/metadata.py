@@ -1,0 +1,49 @@
+"""What the two sides of the connector tell each other in a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
+
+from flexkv_core.storage.memory import SegmentHandle
+from flexkv_core.transfer.plan import OpResult, TransferOp
+
+
+@dataclass(frozen=True)
+class StepMetadata(KVConnectorMetadata):
+    """Scheduler -> workers.
+
+    Attributes:
+        segment: the host tier's memory, mapped by a worker when it sees it first.
+        loads: request -> its load, started before the step's forward.
+        stores: started after the step's forward.
+        wait_before: stores that must end before the step begins: their blocks were taken away by a preemption.
+        releases: finished request -> the stores that its blocks are held for.
+        unloadable: request -> device blocks of a load that cannot be had; they are reported as failed.
+        idle: the step computes nothing, so that a worker may wait a little for its copies.
+    """
+
+    segment: SegmentHandle
+    loads: Mapping[str, TransferOp] = field(default_factory=dict)
+    stores: tuple[TransferOp, ...] = ()
+    wait_before: frozenset[int] = frozenset()
+    releases: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    unloadable: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    idle: bool = False
+
+
+@dataclass(frozen=True)
+class WorkerResults(KVConnectorWorkerMetadata):
+    """Workers -> scheduler: how ops ended, one result a rank that has reported."""
+
+    results: Mapping[int, tuple[OpResult, ...]]
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerResults:
+        """The results of both."""
+        assert isinstance(other, WorkerResults)
+        merged = dict(self.results)
+        for op_id, results in other.results.items():
+            merged[op_id] = merged.get(op_id, ()) + results
+        return WorkerResults(merged)

@@ -1,0 +1,280 @@
+"""The connector's scheduler side: what to load, what to store, and which blocks must not be freed yet.
+
+It knows requests and steps; what is cached and where is the KVManager's business. All methods run on the scheduler's thread. A load is
+asynchronous: the request waits outside the batch. A store of a step's full blocks starts after the step's forward; the blocks stay
+the request's until it has ended, because a finished request is held back and a preemption waits.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from flexkv_core.config import FlexKVConfig
+from flexkv_core.keys import KeyChain, namespace_root
+from flexkv_core.manager import KVManager, ModelConfig
+from flexkv_core.tasks import KVResponseStatus, TaskDone, prefix_length
+from flexkv_core.transfer.plan import TransferOp
+from flexkv_core.types import Direction
+from flexkv_vllm.compat.request import is_cacheable, namespace_of, salts_of, token_list
+from flexkv_vllm.events import EventLog, publishes_events
+from flexkv_vllm.layout import check_supported, identity, slot_layout
+from flexkv_vllm.metadata import StepMetadata, WorkerResults
+from flexkv_vllm.stats import FlexKVStats
+from flexkv_vllm.step_executor import StepExecutor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from vllm.config import VllmConfig
+    from vllm.distributed.kv_events import KVCacheEvent
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.request import Request
+
+logger = logging.getLogger(__name__)
+
+DECODE_STORE_BLOCKS = 8
+"""While a request generates, full blocks are stored in batches of this many (the rest when it ends): fewer, larger transfers."""
+
+
+@dataclass
+class _RequestState:
+    request: Request
+    chain: KeyChain
+    device_blocks: list[int] = field(default_factory=list)
+    local_tokens: int = 0  # what the device held at the last lookup
+    hit_blocks: int = 0  # what was promised then
+    planned_blocks: int = 0  # blocks that were looked at for storing
+    stores: dict[int, int] = field(default_factory=dict)  # store under way -> its first block
+    loading: int | None = None  # the load under way
+    load_failed: bool = False
+
+
+class SchedulerSide:
+    """See the module's text.
+
+    Raises:
+        ConfigError: a model, layout or setting that cannot be served.
+        CapacityError: the host tier's memory cannot be had.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: FlexKVConfig) -> None:
+        check_supported(vllm_config, kv_cache_config)
+        transfer = vllm_config.kv_transfer_config
+        assert transfer is not None
+        self._config = config
+        self._may_load, self._may_store = transfer.is_kv_consumer, transfer.is_kv_producer
+        layout = slot_layout(vllm_config, kv_cache_config, config)
+        self._block_tokens = layout.tokens_per_block
+        self._per_slot = layout.blocks_per_slot
+        self._executor = StepExecutor(vllm_config.parallel_config.tensor_parallel_size, config.queue_ops_max)
+        self.events = EventLog(
+            layout.tokens_per_block, enabled=config.events and publishes_events(vllm_config)
+        )
+        model = ModelConfig(identity(vllm_config, kv_cache_config, config), layout)
+        self.manager = KVManager(model, config, self._executor, track_removed=self.events.enabled)
+        self.manager.start()
+        self._counters = self.manager.counters()
+        self._requests: dict[str, _RequestState] = {}
+        self._releases: dict[str, frozenset[int]] = {}
+        self._unloadable: dict[str, tuple[int, ...]] = {}
+
+    # A request's way in
+
+    def matched_tokens(self, request: Request, local_tokens: int) -> tuple[int, bool]:
+        """Tokens that a load would add to the ``local_tokens`` that the device holds. Pins nothing; may be called every step."""
+        state = self._state(request)
+        if state is None or not self._may_load or state.load_failed:
+            return 0, False
+        # One token is left to compute, as with the engine's own hits: its logits are what the request wants.
+        limit = (request.num_tokens - 1) // self._block_tokens
+        state.chain.extend(token_list(request), limit * self._block_tokens)
+        state.local_tokens = local_tokens
+        state.hit_blocks = self.manager.match_keys(state.chain.keys(limit))
+        gain = state.hit_blocks * self._block_tokens - local_tokens
+        if gain < max(1, self._config.load_tokens_min):
+            state.hit_blocks = 0
+            return 0, False
+        return gain, True
+
+    def allocated(self, request: Request, blocks: KVCacheBlocks, external_tokens: int) -> None:
+        """Start the load that :meth:`matched_tokens` promised into the blocks that the engine took for it."""
+        state = self._requests.get(request.request_id)
+        if state is None or not external_tokens:
+            return
+        device_blocks = blocks.get_block_ids()[0]
+        state.device_blocks = list(device_blocks)
+        start = state.local_tokens // self._block_tokens
+        first_device_block = state.local_tokens * self._per_slot // self._block_tokens
+        stop = state.hit_blocks * self._per_slot
+        wanted = np.array(device_blocks[start * self._per_slot : stop], np.int64)
+        wanted[
+            : first_device_block - start * self._per_slot
+        ] = -1  # these the device holds already, maybe shared
+        task_id, count = self.manager.get_keys(
+            state.chain.keys(state.hit_blocks), start, partial(self._load_ended, request.request_id)
+        )
+        state.loading = task_id
+        if count == state.hit_blocks - start:
+            self.manager.launch_blocks(task_id, wanted)
+            return
+        if count:
+            self.manager.cancel(task_id)
+        state.loading, state.load_failed = None, True
+        self._unloadable[request.request_id] = tuple(int(block) for block in wanted if block >= 0)
+
+    # Each step
+
+    def build_metadata(self, output: SchedulerOutput) -> StepMetadata:
+        """Plan the stores of what this step computes, and pack everything for the workers."""
+        wait_before = self._take_back_preempted(output)
+        self._follow_blocks(output)
+        for request_id, scheduled in output.num_scheduled_tokens.items():
+            state = self._requests.get(request_id)
+            if state is not None:
+                self._store(state, state.request.num_computed_tokens + scheduled, finished=False)
+        loads, stores = self._ops()
+        metadata = StepMetadata(
+            segment=self.manager.host.handle,
+            loads=loads,
+            stores=tuple(stores),
+            wait_before=wait_before,
+            releases=self._releases,
+            unloadable=self._unloadable,
+            idle=output.total_num_scheduled_tokens == 0,
+        )
+        self._releases, self._unloadable = {}, {}
+        return metadata
+
+    def take_results(self, results: WorkerResults) -> None:
+        """What the workers reported."""
+        for op_id, of_ranks in results.results.items():
+            self._executor.report(op_id, of_ranks)
+
+    # A request's way out
+
+    def finished(self, request: Request, device_blocks: list[int]) -> bool:
+        """Store what is left; True when the blocks must be kept until the workers have named the request."""
+        state = self._requests.get(request.request_id)
+        if state is None:
+            return False
+        if state.loading is not None:
+            return False  # the engine keeps the blocks of an aborted load until the workers have named it
+        if device_blocks:
+            state.device_blocks = list(device_blocks)
+            self._store(state, request.num_computed_tokens, finished=True)
+        del self._requests[request.request_id]
+        if not state.stores:
+            return False
+        self._releases[request.request_id] = frozenset(state.stores)
+        return True
+
+    def reset(self) -> bool:
+        """Forget what is cached."""
+        self.manager.reset()
+        self.events.cleared()
+        return True
+
+    def take_events(self) -> Iterable[KVCacheEvent]:
+        """What was stored and removed since the last call."""
+        self.events.removed(self.manager.take_removed())
+        return self.events.take()
+
+    def take_stats(self) -> FlexKVStats | None:
+        """What was counted since the last call; None if nothing."""
+        before, self._counters = self._counters, self.manager.counters()
+        if before == self._counters:
+            return None
+        return FlexKVStats.between(before, self._counters, *self.manager.usage())
+
+    def shutdown(self) -> None:
+        """Give the memory back."""
+        self.manager.shutdown()
+
+    # Inside
+
+    def _state(self, request: Request) -> _RequestState | None:
+        state = self._requests.get(request.request_id)
+        if state is None and is_cacheable(request):
+            root = namespace_root(self.manager.root, namespace_of(request))
+            state = _RequestState(request, KeyChain(root, self._block_tokens, salts_of(request)))
+            self._requests[request.request_id] = state
+        return state
+
+    def _take_back_preempted(self, output: SchedulerOutput) -> frozenset[int]:
+        """Stores of requests that were preempted: their blocks may be overwritten by this very step."""
+        pending: set[int] = set()
+        for request_id in output.preempted_req_ids or ():
+            state = self._requests.get(request_id)
+            if state is not None:
+                pending.update(state.stores)
+                state.planned_blocks = 0
+        return frozenset(pending)
+
+    def _follow_blocks(self, output: SchedulerOutput) -> None:
+        """Keep each request's device blocks as the engine's workers do."""
+        for new in output.scheduled_new_reqs:
+            state = self._requests.get(new.req_id)
+            if state is not None:
+                state.device_blocks = list(new.block_ids[0])
+        cached = output.scheduled_cached_reqs
+        for request_id, block_ids in zip(cached.req_ids, cached.new_block_ids, strict=True):
+            state = self._requests.get(request_id)
+            if state is None or block_ids is None:
+                continue
+            if request_id in cached.resumed_req_ids:
+                state.device_blocks = list(block_ids[0])
+            else:
+                state.device_blocks.extend(block_ids[0])
+
+    def _store(self, state: _RequestState, computed_tokens: int, finished: bool) -> None:
+        """Plan a store of the full blocks among the first ``computed_tokens``, of which only tokens that are known for sure count."""
+        request = state.request
+        if not self._may_store:
+            return
+        known = request.num_tokens if self._config.store_decode else request.num_prompt_tokens
+        full = min(computed_tokens, known) // self._block_tokens
+        generating = computed_tokens > request.num_prompt_tokens
+        if full - state.planned_blocks < (DECODE_STORE_BLOCKS if generating and not finished else 1):
+            return
+        state.chain.extend(token_list(request), full * self._block_tokens)
+        state.planned_blocks = full
+        done = partial(self._store_ended, state)
+        task_id, start, count = self.manager.put_keys(state.chain.keys(full), done)
+        if not count:
+            return
+        state.stores[task_id] = start
+        blocks = state.device_blocks[start * self._per_slot : (start + count) * self._per_slot]
+        self.manager.launch_blocks(task_id, np.array(blocks, np.int64))
+
+    def _ops(self) -> tuple[dict[str, TransferOp], list[TransferOp]]:
+        ops = self._executor.take()
+        loads_by_task = {
+            state.loading: request_id
+            for request_id, state in self._requests.items()
+            if state.loading is not None
+        }
+        loads = {loads_by_task[op.op_id]: op for op in ops if op.direction is Direction.LOAD}
+        return loads, [op for op in ops if op.direction is Direction.STORE]
+
+    def _load_ended(self, request_id: str, done: TaskDone) -> None:
+        state = self._requests.get(request_id)
+        if state is None or state.loading != done.task_id:
+            return
+        state.loading = None
+        if done.status is not KVResponseStatus.SUCCESS:
+            state.load_failed = True  # what failed once is recomputed, not asked for again
+        if state.request.is_finished():
+            del self._requests[request_id]
+
+    def _store_ended(self, state: _RequestState, done: TaskDone) -> None:
+        start = state.stores.pop(done.task_id)
+        count = prefix_length(done.ok)
+        if count and self.events.enabled:
+            self.events.stored(state.chain.keys(start + count), start, state.request)

@@ -1,0 +1,198 @@
+"""The connector's worker side: one rank's copies between vLLM's KV tensors and the host tier.
+
+Ops come with a step's metadata and run on the thread of a :class:`~flexkv_core.transfer.engine.TransferEngine`. Loads start before the
+step's forward, stores behind it. Whatever fails is reported, so that vLLM computes those blocks again; nothing here raises while serving.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from flexkv_core.config import FlexKVConfig
+from flexkv_core.errors import FlexKVError, LayoutError
+from flexkv_core.storage.memory import HostSegment
+from flexkv_core.transfer.engine import TransferEngine
+from flexkv_core.transfer.plan import DeviceCopier, OpResult, OpStatus, TransferOp
+from flexkv_kernels.copier import CpuCopier
+from flexkv_vllm.layout import check_supported, device_segments, slot_layout
+from flexkv_vllm.metadata import StepMetadata, WorkerResults
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+logger = logging.getLogger(__name__)
+
+IDLE_WAIT_S = 0.005
+"""In a step that computes nothing the worker waits this long for its copies: the engine would only ask again."""
+
+
+class WorkerSide:
+    """See the module's text. All methods but the transfer thread's callback run on the worker's main thread."""
+
+    def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: FlexKVConfig) -> None:
+        check_supported(vllm_config, kv_cache_config)
+        self._config = config
+        self._kv_cache_config = kv_cache_config
+        self._layout = slot_layout(vllm_config, kv_cache_config, config)
+        self._copier: DeviceCopier | None = None
+        self._engine: TransferEngine | None = None
+        self._host: HostSegment | None = None
+        self._unusable = False
+        self._changed = threading.Condition()
+        self._unfinished: dict[int, TransferOp] = {}
+        self._results: list[OpResult] = []
+        self._spoiled: set[int] = set()  # stores whose blocks were taken away too early; they count as failed
+        self._loads: dict[int, tuple[str, TransferOp]] = {}
+        self._releases: dict[str, frozenset[int]] = {}
+        self._loaded: set[str] = set()
+        self._failed_blocks: set[int] = set()
+        self._outbox: dict[int, tuple[OpResult, ...]] = {}
+
+    def register(self, kv_caches: Mapping[str, torch.Tensor], rank: int) -> None:
+        """Learn where the KV tensors lie; ``rank`` is the tensor-parallel rank, and this rank's shard of each slot.
+
+        Raises:
+            LayoutError: the tensors do not lie as the engine's configuration says.
+        """
+        segments = device_segments(kv_caches, self._kv_cache_config)
+        if segments.block_bytes != self._layout.device_block_bytes:
+            raise LayoutError(
+                f"KV tensors: found {segments.block_bytes} bytes a block in {len(segments.addresses)} segments; expected"
+                f" {self._layout.device_block_bytes} bytes"
+            )
+        self._copier = CpuCopier(segments, keep_alive=kv_caches)
+        self._rank = rank
+
+    # Each step, in this order
+
+    def before_step(self, metadata: StepMetadata) -> None:
+        """Wait for the stores whose blocks this step may overwrite."""
+        if not metadata.wait_before or self._engine is None:
+            return
+        if not self._engine.drain(metadata.wait_before, self._config.transfer_timeout_s):
+            logger.error(
+                "stores of preempted requests did not end in %.1f s: dropped", self._config.transfer_timeout_s
+            )
+            with self._changed:
+                self._spoiled |= metadata.wait_before & self._unfinished.keys()
+
+    def start_loads(self, metadata: StepMetadata) -> None:
+        """Submit the step's loads."""
+        for request_id, blocks in metadata.unloadable.items():
+            self._loaded.add(request_id)
+            self._failed_blocks.update(blocks)
+        for request_id, op in metadata.loads.items():
+            self._loads[op.op_id] = (request_id, op)
+            self._submit(op, metadata)
+
+    def start_stores(self, metadata: StepMetadata) -> None:
+        """Submit the stores of what the step has computed."""
+        for op in metadata.stores:
+            self._submit(op, metadata)
+        self._releases.update(metadata.releases)
+
+    def finished(self, metadata: StepMetadata) -> tuple[set[str], set[str]]:
+        """Requests whose blocks may be freed, and requests whose load has ended, since the last call."""
+        if metadata.idle:
+            self._wait_for_one()
+        with self._changed:
+            results, self._results = self._results, []
+            unfinished = self._unfinished.keys()
+            released = {request for request, ops in self._releases.items() if unfinished.isdisjoint(ops)}
+        for result in results:
+            self._take(result)
+        for request in released:
+            del self._releases[request]
+        loaded, self._loaded = self._loaded, set()
+        return released, loaded
+
+    def failed_blocks(self) -> set[int]:
+        """Device blocks that a load left without their bytes, since the last call."""
+        failed, self._failed_blocks = self._failed_blocks, set()
+        return failed
+
+    def results(self) -> WorkerResults | None:
+        """How ops ended, for the scheduler; None if none did."""
+        if not self._outbox:
+            return None
+        outbox, self._outbox = self._outbox, {}
+        return WorkerResults(outbox)
+
+    def shutdown(self) -> None:
+        """End the transfers and unmap the host tier."""
+        if self._engine is not None:
+            self._engine.close()
+        if self._host is not None:
+            self._host.close()
+
+    # Inside
+
+    def _submit(self, op: TransferOp, metadata: StepMetadata) -> None:
+        with self._changed:
+            self._unfinished[op.op_id] = op
+        engine = self._engine or self._start_engine(metadata)
+        if engine is None:
+            self._on_result(OpResult(op.op_id, OpStatus.FAILED, np.zeros(len(op.slots), np.bool_)))
+        else:
+            engine.submit(op)
+
+    def _start_engine(self, metadata: StepMetadata) -> TransferEngine | None:
+        """Map the host tier and start the transfer thread; None for ever when that fails."""
+        if self._unusable or self._copier is None:
+            return None
+        try:
+            host = HostSegment.attach(metadata.segment)
+            engine = TransferEngine(
+                self._copier,
+                shard=self._rank,
+                queue_ops_max=self._config.queue_ops_max,
+                timeout_s=self._config.transfer_timeout_s,
+                verify=self._config.verify_checksums,
+            )
+            engine.start(host, self._on_result)
+        except FlexKVError:
+            logger.exception("FlexKV is off in this worker; every request is computed")
+            self._unusable = True
+            return None
+        host.populate()
+        self._host, self._engine = host, engine
+        return engine
+
+    def _on_result(self, result: OpResult) -> None:
+        """Called on the transfer thread."""
+        with self._changed:
+            del self._unfinished[result.op_id]
+            if result.op_id in self._spoiled:
+                self._spoiled.discard(result.op_id)
+                result = OpResult(result.op_id, OpStatus.FAILED, np.zeros_like(result.ok))
+            self._results.append(result)
+            self._changed.notify_all()
+
+    def _wait_for_one(self) -> None:
+        with self._changed:
+            if self._unfinished and not self._results:
+                self._changed.wait_for(lambda: bool(self._results), IDLE_WAIT_S)
+
+    def _take(self, result: OpResult) -> None:
+        self._outbox[result.op_id] = (result,)
+        load = self._loads.pop(result.op_id, None)
+        if load is None:
+            return
+        request_id, op = load
+        self._loaded.add(request_id)
+        self._failed_blocks.update(_blocks_without_bytes(op, result))
+
+
+def _blocks_without_bytes(op: TransferOp, result: OpResult) -> Collection[int]:
+    """Device blocks of the slots that did not arrive."""
+    if result.ok.all():
+        return ()
+    missing = op.blocks.reshape(len(op.slots), -1)[~result.ok].ravel()
+    return [int(block) for block in missing if block >= 0]
