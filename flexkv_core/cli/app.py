@@ -29,7 +29,9 @@ def _commands() -> None:
 @app.command()
 def config(
     file: Annotated[Path | None, typer.Option("--file", help="Read this YAML or JSON file.")] = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of all keys instead.")] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the table of all keys instead.")
+    ] = False,
 ) -> None:
     """Show the configuration in force here and where each value comes from."""
     if markdown:
@@ -47,7 +49,9 @@ def config(
 def bench(
     name: Annotated[str, typer.Argument(help=f"One of: {', '.join(BENCHES)}.")],
     json_file: Annotated[Path | None, typer.Option("--json", help="Write one flat JSON object here.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer repetitions: a smoke test, no figures.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer repetitions: a smoke test, no figures.")
+    ] = False,
 ) -> None:
     """Measure one part of FlexKV on this machine."""
     if name not in BENCHES:
