@@ -1,0 +1,224 @@
+"""vLLM in the test's own process: every step, block id and byte of the KV cache can be looked at."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+
+from flexkv_core.cli.harness.server import KV_TRANSFER_CONFIG
+
+BLOCK_TOKENS = 64
+LOGPROBS = 5
+RECOMPUTE_BOUND = 2.1e-5
+"""Largest difference of a log-probability between a hit and a recomputation in float32, as measured for vLLM itself."""
+
+_STEPS_MAX = 20_000
+_SETTLE_S = 20.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of one request. ``blocks`` are the engine's block ids that held it while it ran."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[tuple[tuple[int, float], ...], ...]
+    """For each token the (id, log-probability) pairs of the likeliest ids and of the chosen one, by id."""
+    cached_tokens: int
+    external_tokens: int
+    """Those of the cached tokens that the engine took from FlexKV."""
+    preemptions: int
+    finish_reason: str | None
+    blocks: tuple[int, ...]
+
+    def logprob_error(self, other: Answer) -> float:
+        """The largest difference of a log-probability; infinite when different ids are among the likeliest."""
+        worst = 0.0
+        for mine, theirs in zip(self.logprobs, other.logprobs, strict=True):
+            a, b = dict(mine), dict(theirs)
+            chosen_only = a.keys() & b.keys()
+            if not chosen_only:
+                return float("inf")
+            worst = max(worst, *(abs(a[token] - b[token]) for token in chosen_only))
+        return worst
+
+
+@dataclass
+class _Running:
+    blocks: tuple[int, ...] = ()
+    external_tokens: int = 0
+    preemptions: int = 0
+    final: Any = None
+
+
+@dataclass
+class Engine:
+    """An ``LLM`` under the one-line configuration, plus ``config`` as FlexKV's own keys. Use it as a context manager."""
+
+    model: Path
+    config: Mapping[str, object] = field(default_factory=dict)
+    options: Mapping[str, object] = field(default_factory=dict)
+    with_flexkv: bool = True
+
+    def __enter__(self) -> Engine:
+        transfer: dict[str, Any] | None = json.loads(KV_TRANSFER_CONFIG) if self.with_flexkv else None
+        if transfer is not None and self.config:
+            transfer["kv_connector_extra_config"] = dict(self.config)
+        options: dict[str, Any] = {
+            "dtype": "float32",
+            "block_size": BLOCK_TOKENS,
+            "enforce_eager": True,
+            "max_model_len": 4096,
+            "max_num_batched_tokens": 2048,
+            "max_num_seqs": 16,
+            "seed": 0,
+            "disable_log_stats": False,
+            "kv_transfer_config": transfer,
+            **self.options,
+        }
+        self.llm = LLM(model=str(self.model), **options)
+        self._next_id = 0
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        cleanup_dist_env_and_memory()
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of one of the engine's blocks."""
+        return int(self.scheduler.block_size)
+
+    @property
+    def scheduler(self) -> Any:
+        """vLLM's scheduler."""
+        return self.llm.llm_engine.engine_core.engine_core.scheduler
+
+    @property
+    def connector(self) -> Any:
+        """The scheduler's side of the connector."""
+        return self.scheduler.connector
+
+    @property
+    def manager(self) -> Any:
+        """FlexKV's manager."""
+        return self.connector._scheduler.manager
+
+    @property
+    def kv_tensors(self) -> list[Any]:
+        """The engine's KV cache, one tensor a layer, block first."""
+        worker = self.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+        return list(worker.model_runner.kv_caches)
+
+    def ask(self, prompt: Sequence[int], tokens: int = 8, salt: str | None = None) -> Answer:
+        """One request, alone."""
+        return self.ask_all([prompt], tokens, salt)[0]
+
+    def ask_all(
+        self, prompts: Sequence[Sequence[int]], tokens: int = 8, salt: str | None = None
+    ) -> list[Answer]:
+        """Requests that run together; returns their answers in order, once FlexKV has stored what it stores."""
+        running = {self.add(prompt, tokens, salt): _Running() for prompt in prompts}
+        for _ in range(_STEPS_MAX):
+            self.step(running)
+            if all(request.final is not None for request in running.values()):
+                break
+        else:
+            raise TimeoutError(f"the requests did not end within {_STEPS_MAX} steps")
+        self.settle()
+        return [_answer(request) for request in running.values()]
+
+    def add(self, prompt: Sequence[int], tokens: int = 8, salt: str | None = None) -> str:
+        """Queues a request and returns its id."""
+        self._next_id += 1
+        params = SamplingParams(
+            temperature=0.0, max_tokens=tokens, ignore_eos=True, logprobs=LOGPROBS, detokenize=False
+        )
+        body: dict[str, Any] = {"prompt_token_ids": list(prompt)}
+        if salt is not None:
+            body["cache_salt"] = salt
+        request_id: str = self.llm.llm_engine.add_request(f"request-{self._next_id}", body, params)
+        return request_id
+
+    def step(self, running: dict[str, _Running] | None = None) -> None:
+        """One step of the engine; notes finished requests and the blocks of the others in ``running``."""
+        outputs = self.llm.llm_engine.step()
+        for request_id, request in (running or {}).items():
+            live = self.scheduler.requests.get(request_id)
+            if live is not None and live.num_computed_tokens > 0 and not live.is_finished():
+                ids = tuple(self.scheduler.kv_cache_manager.get_block_ids(request_id)[0])
+                request.blocks = ids or request.blocks
+                if live.prefill_stats is not None:  # handed over with the first token
+                    request.external_tokens = live.prefill_stats.num_external_cached_tokens
+                request.preemptions = live.num_preemptions
+            for output in outputs:
+                if output.finished and request_id.startswith(output.request_id):
+                    request.final = output
+        if not outputs:
+            time.sleep(0.0005)  # a load is on its way; the engine itself polls every 2 ms
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request wherever it is."""
+        self.llm.llm_engine.abort_request([request_id], internal=True)
+
+    def settle(self) -> None:
+        """Steps until the engine has nothing left to do, stores included. Raises TimeoutError after 20 s."""
+        deadline = time.monotonic() + _SETTLE_S
+        while self.scheduler.has_requests():
+            self.step()
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the engine still holds {list(self.scheduler.requests)}")
+
+    def reset(self, external: bool = False) -> None:
+        """Empties the engine's prefix cache, with ``external`` FlexKV's as well; every block must be free by now."""
+        assert self.llm.llm_engine.reset_prefix_cache(reset_connector=external), (
+            "the engine refused: blocks are held"
+        )
+
+    def kv_bytes(self, blocks: Sequence[int]) -> npt.NDArray[np.uint8]:
+        """The bytes of these blocks in the engine's KV cache, shape [layers, blocks, bytes of a block and layer]."""
+        ids = list(blocks)
+        return np.stack(
+            [tensor[ids].contiguous().view(len(ids), -1).numpy().view(np.uint8) for tensor in self.kv_tensors]
+        )
+
+    def check_integrity(self) -> None:
+        """Recounts FlexKV's index; nothing may be pinned once the engine has settled."""
+        self.manager.check_integrity()
+
+    def free_blocks(self) -> int:
+        """Blocks that no request and no store holds."""
+        return int(self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks())
+
+
+def prompt_tokens(seed: int, length: int) -> list[int]:
+    """Random token ids; different seeds share no block."""
+    return [int(token) for token in np.random.default_rng(seed).integers(100, 40_000, length)]
+
+
+def _answer(request: _Running) -> Answer:
+    output = request.final.outputs[0]
+    return Answer(
+        token_ids=tuple(output.token_ids),
+        logprobs=tuple(
+            tuple(sorted((token, value.logprob) for token, value in position.items()))
+            for position in output.logprobs
+        ),
+        cached_tokens=int(request.final.num_cached_tokens or 0),
+        external_tokens=request.external_tokens,
+        preemptions=request.preemptions,
+        finish_reason=output.finish_reason,
+        blocks=request.blocks,
+    )

@@ -1,0 +1,73 @@
+"""What cannot be served is refused before the engine serves, in one clear error; what can be is found by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.checks import hit_differences
+from tests.e2e.engine import Engine, prompt_tokens
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"host_bites": "1GiB"}, ["host_bites", "host_bytes"]),
+        ({"host_bytes": "64TiB"}, ["host_bytes"]),
+        ({"host_bytes": 1000}, ["host_bytes"]),
+        ({"tokens_per_block": 96}, ["tokens_per_block", "96", "64"]),
+        ({"eviction": "newest"}, ["eviction", "newest", "lru"]),
+    ],
+)
+def test_bad_setting_is_refused_by_name(llama: Path, config: Mapping[str, object], words: list[str]) -> None:
+    with pytest.raises(Exception) as refusal, Engine(llama, config):  # noqa: PT011  vLLM passes our error through as it is
+        pass
+    for word in words:
+        assert word in str(refusal.value)
+
+
+def test_hybrid_model_is_refused_with_the_reason(tiny_model: Callable[[str], Path]) -> None:
+    with pytest.raises(Exception) as refusal, Engine(tiny_model("hybrid"), {"host_bytes": "64MiB"}):  # noqa: PT011
+        pass
+    assert "sliding" in str(refusal.value)
+
+
+def test_blocks_of_two_engine_blocks(llama: Path) -> None:
+    with Engine(llama, {"host_bytes": "128MiB", "tokens_per_block": 128}) as engine:
+        prompt = prompt_tokens(800, 1000)  # 15 engine blocks, 7 of ours
+        engine.reset(external=True)
+        cold = engine.ask(prompt)
+        computed = engine.kv_bytes(cold.blocks[:14])
+        engine.reset()
+        host = engine.ask(prompt)
+        assert host.external_tokens == 7 * 128
+        assert host.token_ids == cold.token_ids
+        assert (engine.kv_bytes(host.blocks[:14]) == computed).all()
+
+
+def test_mla_bytes_come_back(tiny_model: Callable[[str], Path]) -> None:
+    """On a CPU an outside hit of MLA differs from a recomputation whoever brings it, so the bytes are compared."""
+    with Engine(tiny_model("mla"), {"host_bytes": "128MiB"}, {"block_size": 16}) as engine:
+        prompt = prompt_tokens(810, 500)
+        cold = engine.ask(prompt)
+        full_blocks = (len(prompt) - 1) // engine.block_tokens
+        computed = engine.kv_bytes(cold.blocks[:full_blocks])
+        engine.reset()
+        host = engine.ask(prompt)
+        assert host.external_tokens == full_blocks * engine.block_tokens
+        assert (engine.kv_bytes(host.blocks[:full_blocks]) == computed).all()
+
+
+def test_bfloat16_hit_equals_device_hit(llama: Path) -> None:
+    with Engine(llama, {"host_bytes": "128MiB"}, {"dtype": "bfloat16"}) as engine:
+        found = hit_differences(engine, prompt_tokens(820, 1000))
+        assert not {difference for difference in found if "recomputation" not in difference}
+
+
+def test_one_engine_after_another_shares_nothing(llama: Path) -> None:
+    prompt = prompt_tokens(830, 700)
+    for _ in range(2):
+        with Engine(llama, {"host_bytes": "128MiB"}) as engine:
+            assert engine.ask(prompt).cached_tokens == 0
