@@ -9,7 +9,7 @@ Order of precedence, highest first:
 
 This is the only module of the packages that reads the environment. Whatever is wrong in any of the places becomes one
 :class:`~flexkv_core.errors.ConfigError` that names each key, its value, where that came from, and what is allowed.
-``python -m flexkv_core.config`` prints the table of all keys that README.md carries.
+``flexkv config --markdown`` prints the table of all keys that README.md carries.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ RESERVED_VARIABLES = frozenset({PATH_VARIABLE, CACHE_DIR_VARIABLE})
 
 _HOST_SHARE = 4  # a quarter of the memory, so that the engine's weights and its own cache have room
 _HOST_BYTES_MAX = 8 << 30  # what one engine gets unasked; touching and pinning more takes seconds at start
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # versions 2 and 1
 
 _SIZE = 'size: bytes, or text such as "4GiB" or "512MB"'
 _SWITCH = "true or false"
@@ -55,12 +55,10 @@ def default_host_bytes() -> int:
     Taken from the total, not from what is free at the moment, so that every process of one engine computes the same value.
     """
     total_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        limit = _CGROUP_LIMIT.read_text().strip()
-    except OSError:  # no cgroup v2 here: the machine's own total counts
-        limit = "max"
-    if limit.isdigit():
-        total_bytes = min(total_bytes, int(limit))
+    for file in map(Path, _CGROUP_LIMITS):
+        limit = file.read_text().strip() if file.exists() else "max"
+        if limit.isdigit():
+            total_bytes = min(total_bytes, int(limit))
     return min(total_bytes // _HOST_SHARE, _HOST_BYTES_MAX)
 
 
@@ -167,7 +165,7 @@ class FlexKVConfig(BaseSettings):
     @field_validator("eviction")
     @classmethod
     def _known_policy(cls, name: str) -> str:
-        # Imported here: reading a configuration need not load the control plane until a policy is asked for.
+        # Imported here: the registry's package imports modules that may come to need this one.
         from flexkv_core.cache.eviction import POLICIES
 
         if name not in POLICIES:
@@ -328,7 +326,3 @@ def _default_words(key: str) -> str:
     if words is not None:
         return str(words)
     return f"`{json.dumps(FlexKVConfig.model_fields[key].default)}`"
-
-
-if __name__ == "__main__":
-    print(markdown_table())
