@@ -11,13 +11,24 @@ static int reserve_for(fk_tree *tree, int64_t blocks) {
     return tree->track_removed ? fk_vector_reserve(&tree->removed, (size_t)blocks * FK_KEY_BYTES) : FK_DONE;
 }
 
+/* Moves what is not -1 to the vector and leaves -1. In order: slots that are neighbours stay neighbours in the pool. */
+static void let_go(fk_vector *freed, int32_t *slots, int32_t count) {
+    int32_t *to = (int32_t *)((uint8_t *)freed->data + freed->used);
+    const int32_t *begin = to;
+    for (int32_t i = 0; i < count; i++) {
+        *to = slots[i];
+        to += slots[i] >= 0;
+        slots[i] = -1;
+    }
+    freed->used += (size_t)(to - begin) * sizeof *to;
+}
+
 /* Lets the slots go and forgets the run, which has no children and is not in the table. Needs reserve_for. */
 static void free_run(fk_tree *tree, int32_t id) {
     fk_run *run = fk_tree_run(tree, id);
     for (int tier = 0; tier < FK_TIERS; tier++)
-        for (int32_t i = 0; run->slots[tier] && i < run->length; i++)
-            if (run->slots[tier][i] >= 0)
-                fk_vector_append(&tree->freed[tier], &run->slots[tier][i], sizeof(int32_t));
+        if (run->slots[tier])
+            let_go(&tree->freed[tier], run->slots[tier], run->length);
     fk_unlink_child(tree, id);
     fk_forget_run(tree, id);
 }
@@ -293,11 +304,8 @@ int fk_tree_evict(fk_tree *tree, int32_t id, int tier, int64_t want, fk_eviction
     int64_t freed = 0;
     while (left > 0 && freed < want)
         freed += slots[--left] >= 0;
-    for (int32_t i = left; slots && i < run->length; i++) /* ascending: neighbours stay neighbours in the pool */
-        if (slots[i] >= 0) {
-            fk_vector_append(&tree->freed[tier], &slots[i], sizeof *slots);
-            slots[i] = -1;
-        }
+    if (slots)
+        let_go(&tree->freed[tier], slots + left, run->length - left);
     int gone = cut_holes(tree, id);
     result->freed = freed;
     result->left = gone ? 0 : left;
