@@ -28,8 +28,8 @@ class Mempool:
         self._free = capacity
         # Per slot: _FREE, or any value >= 0 while taken. free() writes positions here to find a slot that is named twice.
         self._mark: Slots = np.full(capacity, _FREE, dtype=np.int32)
-        self._mark_view = memoryview(self._mark)
-        self._stack_view = memoryview(self._stack)
+        self._mark_view = memoryview(self._mark.data)
+        self._stack_view = memoryview(self._stack.data)
 
     @property
     def free_count(self) -> int:
@@ -50,7 +50,7 @@ class Mempool:
         if count > self._free:
             return None
         top = self._free
-        slots = self._stack[top - count : top][::-1].copy()
+        slots: Slots = self._stack[top - count : top][::-1].copy()
         self._free = top - count
         if count <= _FEW:
             for slot in slots.tolist():

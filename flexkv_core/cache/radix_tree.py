@@ -26,61 +26,8 @@ from typing import Any
 
 import numpy as np
 
+from flexkv_core.cache.run import SLOT_BYTES, TIERS, Run
 from flexkv_core.types import KEY_BYTES, Slots
-
-_TIERS = 3
-
-
-class _Run:
-    """One run. ``keys`` may be longer than ``length``, and slots be views of more: a trimmed tail is cut off lazily."""
-
-    __slots__ = (
-        "children",
-        "detached",
-        "keys",
-        "length",
-        "parent",
-        "pins",
-        "run",
-        "slots",
-        "tail",
-        "writing",
-    )
-
-    def __init__(self, run: int, parent: _Run | None, keys: bytes) -> None:
-        self.run = run
-        self.parent = parent
-        self.children: set[_Run] = set()
-        self.slots: list[Slots | None] = [None] * _TIERS
-        self.pins = 0
-        self.writing = True
-        self.detached = False
-        self.set_keys(keys)
-
-    @property
-    def head(self) -> bytes:
-        return self.keys[:KEY_BYTES]
-
-    def set_keys(self, keys: bytes) -> None:
-        self.keys = keys
-        self.length = len(keys) // KEY_BYTES
-        self.tail = keys[-KEY_BYTES:]
-
-    def trim(self, length: int) -> None:
-        """Forget the blocks from ``length`` on; copies only when half of the room is unused."""
-        self.length = length
-        self.tail = self.keys[KEY_BYTES * (length - 1) : KEY_BYTES * length]
-        self.slots = [None if slots is None else slots[:length] for slots in self.slots]
-        if KEY_BYTES * length <= len(self.keys) // 2:
-            self.keys = self.keys[: KEY_BYTES * length]
-            self.slots = [None if slots is None else slots.copy() for slots in self.slots]
-
-    def tier_slots(self, tier: int) -> Slots:
-        """The slots of one tier, shape [length]; made when first asked for."""
-        slots = self.slots[tier]
-        if slots is None:
-            slots = self.slots[tier] = np.full(self.length, -1, dtype=np.int32)
-        return slots
 
 
 class PyRunIndex:
@@ -91,10 +38,10 @@ class PyRunIndex:
 
     def __init__(self, track_removed: bool = False) -> None:
         """``track_removed``: collect the keys of published blocks that leave the tree, for :meth:`drain_removed`."""
-        self._runs: dict[int, _Run] = {}
+        self._runs: dict[int, Run] = {}
         self._unused: list[int] = []
-        self._heads: dict[bytes, _Run] = {}
-        self._freed: list[list[Slots]] = [[] for _ in range(_TIERS)]
+        self._heads: dict[bytes, Run] = {}
+        self._freed: list[list[Slots]] = [[] for _ in range(TIERS)]
         self._removed: list[bytes] | None = [] if track_removed else None
         self.blocks = 0
         """Blocks attached to the tree, being written or ready."""
@@ -115,10 +62,12 @@ class PyRunIndex:
         not hold the block. A run that is being written ends the walk unless ``through_writing``.
         """
         total = len(keys) // KEY_BYTES
+        if start < 0 or (out is not None and len(out) < total - start):
+            raise ValueError(f"no room for the slots of blocks {start} to {total}")
         find = self._heads.get
         position = at = 0
-        found: _Run | None = None
-        walked: list[_Run] = []
+        found: Run | None = None
+        walked: list[Run] = []
         while position < total:
             begin = KEY_BYTES * position
             run = find(keys[begin : begin + KEY_BYTES])
@@ -130,27 +79,28 @@ class PyRunIndex:
             at = run.length
             end = begin + KEY_BYTES * at
             if keys[end - KEY_BYTES : end] != run.tail:
-                at = _agreement(run, keys, position, min(at, total - position))
+                at = run.agreement(keys, position, min(at, total - position))
             position += at
             if at < run.length:
                 break
         if found is None:
             return 0, -1, 0
         if out is not None and position > start:
-            _copy_slots(walked, at, start, out[: position - start], tier)
-        return position, found.run, at
+            joined = b"".join([run.slots[tier] or run.tier_bytes(tier) for run in walked])
+            out[: position - start] = np.frombuffer(joined, np.int32, position - start, SLOT_BYTES * start)
+        return position, found.number, at
 
     def find(self, head: bytes) -> int:
         """The attached run whose first key is ``head``, or -1."""
         run = self._heads.get(head)
-        return -1 if run is None else run.run
+        return -1 if run is None else run.number
 
     def path(self, run: int) -> list[int]:
         """Ids from the root's child down to ``run``."""
-        step: _Run | None = self._runs[run]
+        step: Run | None = self._runs[run]
         path = []
         while step is not None:
-            path.append(step.run)
+            path.append(step.number)
             step = step.parent
         path.reverse()
         return path
@@ -158,12 +108,12 @@ class PyRunIndex:
     def info(self, run: int) -> tuple[int, int, bool, bool, int, int]:
         """(parent or -1, blocks, writing, detached, pins, children: detached ones included)."""
         r = self._runs[run]
-        parent = -1 if r.parent is None else r.parent.run
+        parent = -1 if r.parent is None else r.parent.number
         return parent, r.length, r.writing, r.detached, r.pins, len(r.children)
 
     def evictable(self, run: int) -> bool:
         """Whether the run may lose blocks: attached, published, not pinned, without children."""
-        return _evictable(self._runs[run])
+        return self._runs[run].evictable
 
     def runs(self) -> list[int]:
         """All ids, detached runs included."""
@@ -171,14 +121,11 @@ class PyRunIndex:
 
     def keys(self, run: int) -> bytes:
         """The keys of a run's blocks."""
-        r = self._runs[run]
-        return r.keys[: KEY_BYTES * r.length]
+        return self._runs[run].keys
 
     def slots(self, run: int, tier: int) -> bytes | None:
         """A run's slots in one tier, int32 as bytes; None when the tier never held any of it."""
-        r = self._runs[run]
-        slots = r.slots[tier]
-        return None if slots is None else slots.tobytes()
+        return self._runs[run].slots[tier]
 
     # ---- growing and shaping -------------------------------------------------------------------------------------------------
 
@@ -193,11 +140,11 @@ class PyRunIndex:
             raise ValueError("a run with this head is in the tree already")
         above = None if parent < 0 else self._runs[parent]
         run = self._new(above, bytes(keys))
-        run.slots[tier] = np.array(slots, dtype=np.int32)
+        run.slots[tier] = np.asarray(slots, dtype=np.int32).tobytes()
         run.pins = 1
         self._heads[run.head] = run
         self.blocks += run.length
-        return run.run
+        return run.number
 
     def split(self, run: int, at: int) -> int:
         """Cut a run before its block ``at``. The first part becomes a new run and the parent; returns its id.
@@ -209,18 +156,15 @@ class PyRunIndex:
             raise ValueError(f"cannot split {tail.length} blocks at {at}")
         head = self._new(tail.parent, tail.keys[: KEY_BYTES * at])
         head.writing = tail.writing
-        for tier, slots in enumerate(tail.slots):
-            if slots is not None:
-                head.slots[tier] = slots[:at].copy()
-                tail.slots[tier] = slots[at:].copy()
+        head.slots = [None if slots is None else slots[: SLOT_BYTES * at] for slots in tail.slots]
         if tail.parent is not None:
             tail.parent.children.remove(tail)
         tail.parent = head
         head.children.add(tail)
-        tail.set_keys(tail.keys[KEY_BYTES * at : KEY_BYTES * tail.length])
+        tail.keep(at, tail.length)
         self._heads[head.head] = head
         self._heads[tail.head] = tail
-        return head.run
+        return head.number
 
     def merge(self, run: int, blocks_max: int) -> int:
         """Join a run with its parent if they are one stretch, unpinned above, published, and together at most ``blocks_max`` blocks.
@@ -241,24 +185,26 @@ class PyRunIndex:
         if head.length + tail.length > blocks_max:
             return -1
         del self._heads[tail.head]
-        for tier in range(_TIERS):
+        for tier in range(TIERS):
             if head.slots[tier] is not None or tail.slots[tier] is not None:
-                tail.slots[tier] = np.concatenate([head.tier_slots(tier), tail.tier_slots(tier)])
-        tail.set_keys(self.keys(head.run) + self.keys(run))
+                tail.slots[tier] = head.tier_bytes(tier) + tail.tier_bytes(tier)
+        tail.set_keys(head.keys + tail.keys)
         if head.parent is not None:
             head.parent.children.remove(head)
             head.parent.children.add(tail)
         tail.parent = head.parent
         self._heads[tail.head] = tail
         self._forget(head)
-        return head.run
+        return head.number
 
     def set_slots(self, run: int, tier: int, at: int, slots: Slots) -> None:
         """Write ``slots`` (int32; -1 = not there) over blocks ``at`` … of one tier. What stood there is the caller's."""
         r = self._runs[run]
         if at < 0 or at + len(slots) > r.length:
             raise ValueError(f"{len(slots)} slots at {at} do not fit a run of {r.length} blocks")
-        r.tier_slots(tier)[at : at + len(slots)] = slots
+        changed = r.tier_slots(tier)
+        changed[at : at + len(slots)] = slots
+        r.slots[tier] = changed.tobytes()
 
     def publish(self, run: int) -> None:
         """WRITING -> ready."""
@@ -280,7 +226,7 @@ class PyRunIndex:
             raise ValueError(f"run {run} is not pinned")
         r.pins -= 1
         above = self._let_go(r)
-        return above.run if above is not None and _evictable(above) else -1
+        return above.number if above is not None and above.evictable else -1
 
     def evict(self, run: int, tier: int, want: int) -> tuple[int, int, int]:
         """Let go of up to ``want`` (at least 1) slots in ``tier``, from the run's tail; blocks that no tier holds any more are cut off.
@@ -291,20 +237,21 @@ class PyRunIndex:
         r = self._runs[run]
         if want < 1:
             raise ValueError(f"cannot evict {want} slots")
-        if not _evictable(r):
+        if not r.evictable:
             return -1, r.length, -1
         slots = r.tier_slots(tier)
         held = np.flatnonzero(slots >= 0)[-want:]
         if len(held):
             self._freed[tier].append(slots[held])
             slots[held] = -1
+            r.slots[tier] = slots.tobytes()
         left = int(held[0]) if len(held) == want else 0
         self._cut_holes(r)
         if not r.detached:
             return len(held), left, -1
         parent = r.parent
         self._free(r)
-        return len(held), 0, parent.run if parent is not None and _evictable(parent) else -1
+        return len(held), 0, parent.number if parent is not None and parent.evictable else -1
 
     def detach(self, run: int) -> list[int]:
         """Take a run and everything below it out of the tree; what nothing keeps is let go at once.
@@ -312,7 +259,7 @@ class PyRunIndex:
         Returns the ids that left the tree (some may be in use again soon: forget them now).
         """
         stack = [self._runs[run]]
-        order: list[_Run] = []
+        order: list[Run] = []
         while stack:  # no recursion: a path may be thousands of runs deep
             r = stack.pop()
             order.append(r)
@@ -322,11 +269,11 @@ class PyRunIndex:
             self._leave(r)
         for r in reversed(order):
             self._free_if_idle(r)
-        return [r.run for r in left]
+        return [r.number for r in left]
 
     def detach_all(self) -> None:
         """Empty the tree."""
-        for run in [r.run for r in self._heads.values() if r.parent is None]:
+        for run in [r.number for r in self._heads.values() if r.parent is None]:
             self.detach(run)
 
     def drain(self, tier: int) -> bytes:
@@ -358,47 +305,43 @@ class PyRunIndex:
 
     # ---- helpers -------------------------------------------------------------------------------------------------------------
 
-    def _new(self, parent: _Run | None, keys: bytes) -> _Run:
-        run = _Run(self._unused.pop() if self._unused else len(self._runs), parent, keys)
-        self._runs[run.run] = run
+    def _new(self, parent: Run | None, keys: bytes) -> Run:
+        run = Run(self._unused.pop() if self._unused else len(self._runs), parent, keys)
+        self._runs[run.number] = run
         if parent is not None:
             parent.children.add(run)
         return run
 
-    def _forget(self, run: _Run) -> None:
-        del self._runs[run.run]
-        self._unused.append(run.run)
+    def _forget(self, run: Run) -> None:
+        del self._runs[run.number]
+        self._unused.append(run.number)
 
-    def _cut_holes(self, run: _Run) -> None:
-        """Cut off the tail of blocks that are in no tier."""
-        keep = 0
-        for slots in run.slots:
-            if slots is not None:
-                held = np.flatnonzero(slots >= 0)
-                keep = max(keep, int(held[-1]) + 1 if len(held) else 0)
+    def _cut_holes(self, run: Run) -> None:
+        """Cut off the tail of blocks that are in no tier; of a run without any, only the entry is left."""
+        keep = run.blocks_in_some_tier()
         if keep == run.length:
             return
         if self._removed is not None:
-            self._removed.append(run.keys[KEY_BYTES * keep : KEY_BYTES * run.length])
+            self._removed.append(run.keys[KEY_BYTES * keep :])
         self.blocks -= run.length - keep
         if keep:
-            run.trim(keep)
+            run.keep(0, keep)
         else:
             del self._heads[run.head]
-            run.slots = [None] * _TIERS
+            run.slots = [None] * TIERS
             run.detached = True
 
-    def _leave(self, run: _Run) -> None:
+    def _leave(self, run: Run) -> None:
         """Out of the table, so that nothing finds it."""
         del self._heads[run.head]
         run.detached = True
         self.blocks -= run.length
         if self._removed is not None and not run.writing:
-            self._removed.append(self.keys(run.run))
+            self._removed.append(run.keys)
 
-    def _let_go(self, run: _Run) -> _Run | None:
+    def _let_go(self, run: Run) -> Run | None:
         """Free detached runs that nothing keeps, upwards; returns the first that stays."""
-        step: _Run | None = run
+        step: Run | None = run
         while step is not None:
             above = step.parent
             if not self._free_if_idle(step):
@@ -406,49 +349,22 @@ class PyRunIndex:
             step = above
         return None
 
-    def _free_if_idle(self, run: _Run) -> bool:
-        if not run.detached or run.pins or run.children:
+    def _free_if_idle(self, run: Run) -> bool:
+        if not run.idle:
             return False
         self._free(run)
         return True
 
-    def _free(self, run: _Run) -> None:
-        for tier, slots in enumerate(run.slots):
-            if slots is not None:
+    def _free(self, run: Run) -> None:
+        for tier in range(TIERS):
+            if run.slots[tier] is not None:
+                slots = run.tier_slots(tier)
                 held = slots[slots >= 0]
                 if len(held):
                     self._freed[tier].append(held)
         if run.parent is not None:
             run.parent.children.remove(run)
         self._forget(run)
-
-
-def _evictable(run: _Run) -> bool:
-    return not (run.writing or run.detached or run.pins or run.children)
-
-
-def _agreement(run: _Run, keys: bytes, position: int, limit: int) -> int:
-    """How many of the run's first ``limit`` keys equal the query's from ``position`` on; the first one is known to be equal."""
-    low, high = 1, limit
-    while low < high:
-        middle = (low + high + 1) // 2
-        theirs = KEY_BYTES * (position + middle)
-        if run.keys[KEY_BYTES * (middle - 1) : KEY_BYTES * middle] == keys[theirs - KEY_BYTES : theirs]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-def _copy_slots(walked: list[_Run], at: int, start: int, out: Slots, tier: int) -> None:
-    """Slots of the walked runs' blocks from ``start`` on; of the last run only the first ``at`` blocks. One call of numpy for all."""
-    pieces = [run.slots[tier] if run.slots[tier] is not None else run.tier_slots(tier) for run in walked]
-    pieces[-1] = walked[-1].tier_slots(tier)[:at]
-    while start >= len(pieces[0]):
-        start -= len(pieces.pop(0))
-    if start:
-        pieces[0] = pieces[0][start:]
-    np.concatenate(pieces, out=out)
 
 
 def _pick() -> Any:
