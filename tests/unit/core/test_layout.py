@@ -1,0 +1,66 @@
+"""Layouts refuse what they do not describe, and say what was found."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from flexkv_core.errors import ConfigError, LayoutError
+from flexkv_core.layout import DeviceSegments, KVLayout
+from flexkv_kernels import segments_of
+
+
+def test_slot_holds_all_shards_in_whole_pages() -> None:
+    layout = KVLayout(tokens_per_block=64, device_block_tokens=16, device_block_bytes=1000, shard_count=2)
+    assert (layout.blocks_per_slot, layout.shard_bytes, layout.slot_bytes) == (4, 4000, 8192)
+
+
+def test_block_size_must_be_a_multiple_of_the_engines() -> None:
+    with pytest.raises(
+        ConfigError, match=r"tokens_per_block = 24: must be a multiple of the engine's block size, 16"
+    ):
+        KVLayout(tokens_per_block=24, device_block_tokens=16, device_block_bytes=1)
+
+
+@pytest.mark.parametrize(
+    "field", ["tokens_per_block", "device_block_tokens", "device_block_bytes", "shard_count"]
+)
+def test_sizes_must_be_positive(field: str) -> None:
+    values = {"tokens_per_block": 16, "device_block_tokens": 16, "device_block_bytes": 1, "shard_count": 1}
+    with pytest.raises(LayoutError, match=f"{field} is 0"):
+        KVLayout(**{**values, field: 0})
+
+
+def test_overlapping_blocks_are_refused() -> None:
+    with pytest.raises(LayoutError, match="stride of 8 bytes; expected at least the piece's 16"):
+        DeviceSegments(np.array([4096]), np.array([8]), piece_bytes=16, block_count=4)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "piece_bytes"),
+    [
+        (torch.zeros(5, 3, 7), 84),
+        (torch.zeros(5, 7, 3).transpose(1, 2), 84),  # inner dimensions in any order
+        (torch.zeros(5, 2, 3, 7)[:, 0], 84),  # other bytes between blocks
+        (torch.zeros(5, 3, dtype=torch.bfloat16), 6),
+    ],
+)
+def test_segments_of_accepts_whole_blocks(tensor: torch.Tensor, piece_bytes: int) -> None:
+    segments = segments_of([tensor])
+    assert (segments.piece_bytes, segments.block_count) == (piece_bytes, 5)
+    assert segments.strides[0] == tensor.stride(0) * tensor.element_size()
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.zeros(5, 3, 7)[:, :, ::2], torch.zeros(3, 5, 7).transpose(0, 1), torch.zeros(5, 3, 7)[:, :, :5]],
+)
+def test_segments_of_refuses_scattered_blocks(tensor: torch.Tensor) -> None:
+    with pytest.raises(LayoutError, match="one contiguous piece"):
+        segments_of([tensor])
+
+
+def test_segments_of_refuses_layers_of_different_sizes() -> None:
+    with pytest.raises(LayoutError, match="expected the same in all layers"):
+        segments_of([torch.zeros(5, 3), torch.zeros(5, 4)])

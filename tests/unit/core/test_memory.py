@@ -1,0 +1,118 @@
+"""The host segment: shared, sized to what there is, and gone with its processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flexkv_core.errors import CapacityError
+from flexkv_core.layout import KVLayout
+from flexkv_core.storage import memory
+from flexkv_core.storage.memory import HostSegment, slots_within
+
+LAYOUT = KVLayout(tokens_per_block=16, device_block_tokens=16, device_block_bytes=5000, shard_count=2)
+
+
+def slot_bytes(segment: HostSegment, slot: int) -> np.ndarray:
+    import ctypes
+
+    address = segment.address + slot * segment.layout.slot_bytes
+    return np.ctypeslib.as_array((ctypes.c_uint8 * segment.layout.slot_bytes).from_address(address))
+
+
+def test_two_mappings_see_the_same_bytes() -> None:
+    owner = HostSegment.create(8, LAYOUT)
+    other = HostSegment.attach(owner.handle)
+    slot_bytes(owner, 7)[:] = 42
+    owner.checksums[7, 1] = 99
+    assert (slot_bytes(other, 7) == 42).all()
+    assert other.checksums[7, 1] == 99
+    owner.close()
+    assert (slot_bytes(other, 7) == 42).all()  # the memory lives as long as one maps it
+    other.close()
+
+
+def test_budget_covers_slots_and_checksums() -> None:
+    for budget in (3 << 20, 64 << 20, 1 << 30):
+        count = slots_within(budget, LAYOUT)
+        assert memory.segment_bytes(count, LAYOUT) <= budget + memory.HUGE_PAGE_BYTES
+        assert count * LAYOUT.slot_bytes > budget * 0.9 - 4 * memory.HUGE_PAGE_BYTES
+
+
+def test_more_than_the_machine_has_is_refused_before_anything_is_taken() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    count = memory.available_bytes() // LAYOUT.slot_bytes
+    with pytest.raises(CapacityError, match=r"host_bytes: \d+ bytes asked for, \d+ bytes are available"):
+        HostSegment.create(count, LAYOUT)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_missing_huge_pages_are_named() -> None:
+    if memory._meminfo("HugePages_Free"):
+        pytest.skip("this machine has huge pages")
+    with pytest.raises(CapacityError, match=r"raise vm\.nr_hugepages to at least \d+"):
+        HostSegment.create(8, LAYOUT, huge_pages=True)
+
+
+def test_huge_pages_back_the_segment() -> None:
+    setting = Path("/proc/sys/vm/nr_hugepages")
+    if not os.access(setting, os.W_OK):
+        pytest.skip("huge pages can be reserved by root only")
+    before = setting.read_text()
+    setting.write_text("8")
+    try:
+        if memory._meminfo("HugePages_Free") < 8:
+            pytest.skip("the machine has no contiguous memory left for huge pages")
+        segment = HostSegment.create(8, LAYOUT, huge_pages=True)
+        slot_bytes(segment, 0)[:] = 1
+        mapping = [
+            line for line in Path("/proc/self/maps").read_text().splitlines() if "flexkv-host-tier" in line
+        ]
+        kind = Path("/proc/self/smaps").read_text().split(mapping[-1])[1]
+        assert "KernelPageSize:     2048 kB" in kind.split("VmFlags")[0]
+        segment.close()
+    finally:
+        setting.write_text(before)
+
+
+def test_attach_to_a_process_that_is_gone() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    child.wait()
+    handle = memory.SegmentHandle(child.pid, 3, 8, LAYOUT, False)
+    with pytest.raises(CapacityError, match="cannot be opened"):
+        HostSegment.attach(handle)
+
+
+def _shared_kib() -> int:
+    return memory._meminfo("Shmem")
+
+
+def test_memory_returns_after_sigkill() -> None:
+    code = (
+        "import sys, time; from flexkv_core.layout import KVLayout; from flexkv_core.storage.memory import HostSegment\n"
+        "s = HostSegment.create(40000, KVLayout(16, 16, 5000)); s.populate(); s._populator.join(); print('up', flush=True); time.sleep(60)"
+    )
+    before = _shared_kib()
+    child = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == b"up\n"
+    assert _shared_kib() - before > 250_000  # 312 MiB are there
+    names_before = set(os.listdir("/dev/shm"))
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    deadline = time.monotonic() + 10
+    while _shared_kib() - before > 100_000 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert _shared_kib() - before < 100_000
+    assert not {name for name in names_before if "flexkv" in name}

@@ -1,0 +1,138 @@
+"""TransferEngine: loads pass stores, every op is reported once, nothing waits for ever."""
+
+from __future__ import annotations
+
+import queue
+import time
+
+import numpy as np
+import pytest
+
+from flexkv_core.storage.memory import HostSegment
+from flexkv_core.transfer import engine as engine_module
+from flexkv_core.transfer.engine import TransferEngine
+from flexkv_core.transfer.plan import OpResult, OpStatus, TransferOp
+from flexkv_core.types import Direction
+from tests.unit.core.device import Device
+
+
+class Rig:
+    def __init__(self, **settings: object) -> None:
+        self.device = Device()
+        self.host = HostSegment.create(64, self.device.layout())
+        self.results: queue.Queue[OpResult] = queue.Queue()
+        self.engine = TransferEngine(self.device.copier, **settings)  # type: ignore[arg-type]
+        self.engine.start(self.host, self.results.put)
+
+    def op(self, op_id: int, direction: Direction, count: int = 1) -> TransferOp:
+        ids = np.arange(count)
+        return TransferOp(op_id, direction, bytes(16 * count), ids.astype(np.int32), ids.astype(np.int64))
+
+    def close(self) -> None:
+        self.device.copier.hold.set()
+        self.engine.close()
+        self.host.close()
+
+
+@pytest.fixture
+def rig() -> Rig:
+    rig = Rig(queue_ops_max=2, timeout_s=30)
+    yield rig
+    rig.close()
+
+
+def hold(rig: Rig) -> None:
+    rig.device.copier.hold.clear()
+    rig.device.copier.entered.clear()
+
+
+def test_load_goes_before_waiting_stores(rig: Rig) -> None:
+    hold(rig)
+    rig.engine.submit(rig.op(1, Direction.STORE))
+    assert rig.device.copier.entered.wait(10)
+    rig.engine.submit(rig.op(2, Direction.STORE))
+    rig.engine.submit(rig.op(3, Direction.LOAD))
+    rig.device.copier.hold.set()
+    assert rig.engine.drain({1, 2, 3}, 10)
+    assert rig.device.copier.order == [1, 3, 2]
+
+
+def test_load_is_let_in_between_pieces_of_a_store(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rig.engine, "_piece_blocks", 4)
+    hold(rig)
+    rig.engine.submit(rig.op(1, Direction.STORE, 12))
+    assert rig.device.copier.entered.wait(10)
+    rig.engine.submit(rig.op(2, Direction.LOAD))
+    rig.device.copier.hold.set()
+    assert rig.engine.drain({1, 2}, 10)
+    assert rig.device.copier.order == [1, 2, 1, 1]
+
+
+def test_full_queue_refuses_at_once(rig: Rig) -> None:
+    hold(rig)
+    for op_id in range(1, 5):
+        rig.engine.submit(rig.op(op_id, Direction.STORE))
+        if op_id == 1:
+            assert rig.device.copier.entered.wait(10)
+    refused = rig.results.get(timeout=10)
+    assert (refused.op_id, refused.status, refused.ok.any()) == (4, OpStatus.FAILED, False)
+
+
+def test_late_op_is_failed_not_copied() -> None:
+    rig = Rig(timeout_s=0.05)
+    hold(rig)
+    rig.engine.submit(rig.op(1, Direction.STORE))
+    assert rig.device.copier.entered.wait(10)
+    rig.engine.submit(rig.op(2, Direction.LOAD))
+    time.sleep(0.1)
+    rig.device.copier.hold.set()
+    assert rig.engine.drain({1, 2}, 10)
+    results = {result.op_id: result.status for result in (rig.results.get(), rig.results.get())}
+    assert results == {1: OpStatus.DONE, 2: OpStatus.FAILED}
+    assert rig.device.copier.order == [1]
+    rig.close()
+
+
+def test_cancel_drops_what_waits_only(rig: Rig) -> None:
+    hold(rig)
+    rig.engine.submit(rig.op(1, Direction.STORE))
+    assert rig.device.copier.entered.wait(10)
+    rig.engine.submit(rig.op(2, Direction.STORE))
+    rig.engine.cancel(1)
+    rig.engine.cancel(2)
+    assert rig.results.get(timeout=10).status is OpStatus.CANCELLED
+    rig.device.copier.hold.set()
+    assert rig.results.get(timeout=10).status is OpStatus.DONE
+
+
+def test_failed_copy_is_reported_and_the_thread_lives_on(rig: Rig) -> None:
+    rig.device.copier.fail = True
+    rig.engine.submit(rig.op(1, Direction.LOAD))
+    assert rig.results.get(timeout=10).status is OpStatus.FAILED
+    rig.device.copier.fail = False
+    rig.engine.submit(rig.op(2, Direction.STORE))
+    assert rig.results.get(timeout=10).status is OpStatus.DONE
+
+
+def test_drain_gives_up_after_its_timeout(rig: Rig) -> None:
+    hold(rig)
+    rig.engine.submit(rig.op(1, Direction.STORE))
+    assert not rig.engine.drain({1}, 0.05)
+    assert rig.engine.drain({7}, 0.05)
+
+
+def test_close_reports_everything() -> None:
+    rig = Rig()
+    hold(rig)
+    for op_id in (1, 2, 3):
+        rig.engine.submit(rig.op(op_id, Direction.STORE))
+    assert rig.device.copier.entered.wait(10)
+    rig.device.copier.hold.set()
+    rig.close()
+    rig.engine.submit(rig.op(4, Direction.LOAD))
+    results = {rig.results.get(timeout=1).op_id for _ in range(4)}
+    assert results == {1, 2, 3, 4}
+
+
+def test_store_piece_is_a_few_milliseconds_of_copying() -> None:
+    assert 4 << 20 <= engine_module.STORE_PIECE_BYTES <= 64 << 20
