@@ -20,7 +20,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from flexkv_core.cache.engine import GetPlan, GlobalCacheEngine
+from flexkv_core.cache.engine import GlobalCacheEngine
+from flexkv_core.cache.plans import GetPlan
 from flexkv_core.config import FlexKVConfig
 from flexkv_core.errors import CapacityError, ClosedError
 from flexkv_core.keys import fingerprint, hash_tokens, namespace_root

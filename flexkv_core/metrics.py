@@ -25,4 +25,5 @@ class Counters:
     dropped_blocks: int = 0  # wanted to be stored, found no room
 
     def as_dict(self) -> dict[str, int | float]:
+        """The counters by name."""
         return asdict(self)

@@ -9,7 +9,7 @@ from enum import Enum
 import numpy as np
 import numpy.typing as npt
 
-from flexkv_core.cache.engine import GetPlan, PutPlan
+from flexkv_core.cache.plans import GetPlan, PutPlan
 from flexkv_core.types import BlockIds, Direction, Slots, TokenIds
 
 

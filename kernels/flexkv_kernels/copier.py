@@ -7,6 +7,7 @@ The CPU's is here. The CUDA copier (own streams, events, pinned slots) implement
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -73,7 +74,7 @@ class CpuCopier:
         native.scatter_verify(**self._arguments(op), keys=op.keys, crc_expected=expected, ok_out=ok)
         return ok.view(np.bool_)
 
-    def _arguments(self, op: TransferOp) -> dict[str, object]:
+    def _arguments(self, op: TransferOp) -> dict[str, Any]:
         layout = self._host.layout
         return {
             "segment_addrs": self.segments.addresses,

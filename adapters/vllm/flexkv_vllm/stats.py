@@ -42,12 +42,12 @@ class FlexKVStats(KVConnectorStats):
     def between(cls, before: Counters, after: Counters, used: int, capacity: int) -> FlexKVStats:
         """What was counted from ``before`` to ``after``, and the host tier's slots."""
         old = before.as_dict()
-        data = {name: value - old[name] for name, value in after.as_dict().items()}
+        data: dict[str, int | float] = {name: value - old[name] for name, value in after.as_dict().items()}
         return cls(data={**data, "host_blocks_used": used, "host_blocks": capacity})
 
     def reset(self) -> None:
         """Forget everything."""
-        self.data = {}
+        self.data: dict[str, int | float] = {}
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
         """Add ``other``, the later interval, to this one."""

@@ -292,7 +292,7 @@ def test_threads_get_only_what_was_put(device: Device) -> None:
                     put_mine(ids, mine[:count])
                 else:
                     load(manager, device, ids, mine[:count])
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001
             errors.append(error)
 
     def put_mine(ids: np.ndarray, blocks: list[int]) -> None:
