@@ -7,6 +7,7 @@ The CPU's is here. The CUDA copier (own streams, events, pinned slots) implement
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from flexkv_core.errors import LayoutError
 from flexkv_core.layout import DeviceSegments
 from flexkv_core.storage.memory import HostSegment
 from flexkv_core.transfer.plan import TransferOp
+from flexkv_core.types import KEY_BYTES, BlockIds, Slots
 
 
 class CpuCopier:
@@ -61,30 +63,60 @@ class CpuCopier:
     def gather(self, op: TransferOp, after: object) -> None:
         """Blocks -> slots, and the slots' checksums; see the protocol."""
         checksums = np.empty(len(op.slots), np.uint32)
-        native.gather_crc(**self._arguments(op), keys=op.keys, crc_out=checksums)
+        native.gather_crc(**self._arguments(op.slots, op.blocks), keys=op.keys, crc_out=checksums)
         self._host.checksums[op.slots, self._shard] = checksums
 
     def scatter(self, op: TransferOp, after: object, verify: bool) -> npt.NDArray[np.bool_]:
         """Slots -> blocks, each checked while it is in the cache; see the protocol."""
+        wanted = op.blocks.reshape(len(op.slots), -1)
+        if (op.blocks < 0).any():
+            # Only the first slot of a load can be wanted in part: behind what the device held already.
+            head = self._scatter_part(op.keys[:KEY_BYTES], int(op.slots[0]), wanted[0], verify)
+            if len(op.slots) == 1:
+                return head
+            rest = replace(op, keys=op.keys[KEY_BYTES:], slots=op.slots[1:], blocks=wanted[1:].ravel())
+            return np.concatenate([head, self.scatter(rest, after, verify)])
         if not verify:
-            native.scatter(**self._arguments(op))
+            native.scatter(**self._arguments(op.slots, op.blocks))
             return np.ones(len(op.slots), np.bool_)
         ok = np.zeros(len(op.slots), np.uint8)
         expected = np.ascontiguousarray(self._host.checksums[op.slots, self._shard])
-        native.scatter_verify(**self._arguments(op), keys=op.keys, crc_expected=expected, ok_out=ok)
+        arguments = self._arguments(op.slots, op.blocks)
+        native.scatter_verify(**arguments, keys=op.keys, crc_expected=expected, ok_out=ok)
         return ok.view(np.bool_)
 
-    def _arguments(self, op: TransferOp) -> dict[str, Any]:
+    def _scatter_part(
+        self, key: bytes, slot: int, blocks: npt.NDArray[np.int64], verify: bool
+    ) -> npt.NDArray[np.bool_]:
+        """Copy the device blocks of one slot that are not -1, if the whole slot matches its checksum."""
+        layout, slots = self._host.layout, np.array([slot], np.int32)
+        found = np.zeros(1, np.uint32)
+        if verify:
+            offset = self._shard * layout.shard_bytes
+            native.crc32c_slots(
+                self._host.address, layout.slot_bytes, offset, layout.shard_bytes, slots, key, found
+            )
+            if found[0] != self._host.checksums[slot, self._shard]:
+                return np.zeros(1, np.bool_)
+        for place, block in enumerate(blocks):
+            if block >= 0:
+                arguments = self._arguments(slots, np.array([block], np.int64))
+                arguments["blocks_per_slot"] = 1
+                arguments["shard_offset"] += place * layout.device_block_bytes
+                native.scatter(**arguments)
+        return np.ones(1, np.bool_)
+
+    def _arguments(self, slots: Slots, blocks: BlockIds) -> dict[str, Any]:
         layout = self._host.layout
         return {
             "segment_addrs": self.segments.addresses,
             "block_strides": self.segments.strides,
             "piece_bytes": self.segments.piece_bytes,
-            "blocks": op.blocks,
+            "blocks": blocks,
             "block_count": self.segments.block_count,
             "slot_base": self._host.address,
             "slot_stride": layout.slot_bytes,
-            "slots": op.slots,
+            "slots": slots,
             "slot_count": self._host.slot_count,
             "blocks_per_slot": layout.blocks_per_slot,
             "shard_offset": self._shard * layout.shard_bytes,

@@ -10,6 +10,7 @@ import pytest
 
 from flexkv_core import KVManager, KVResponseStatus
 from flexkv_core.errors import CapacityError, ClosedError
+from flexkv_core.keys import hash_tokens
 from tests.unit.core.device import BLOCK_TOKENS, Device, places
 
 STATUS = KVResponseStatus
@@ -231,6 +232,28 @@ def test_larger_blocks_than_the_device_has(device: Device) -> None:
     manager.launch([task], [places(list(range(20, 28)))])
     manager.wait(task)
     assert all(device.holds(20 + block, block + 1) for block in range(8))
+    manager.shutdown()
+
+
+def test_part_of_a_larger_block_is_left_alone(device: Device) -> None:
+    """What the device holds already may be shared by others: a load must not write there."""
+    manager = device.manager(tokens_per_block=4 * BLOCK_TOKENS)
+    ids = tokens(8)
+    for block in range(8):
+        device.fill(block, block + 1)
+    manager.wait(manager.put_async(ids, places(list(range(8)))))
+    keys, done = hash_tokens(manager.root, ids, 4 * BLOCK_TOKENS), threading.Event()
+    for start, skipped in ((0, 1), (1, 3)):
+        task, count = manager.get_keys(keys, start, lambda _: done.set())
+        wanted = np.arange(20, 20 + 4 * count)
+        wanted[:skipped] = -1
+        manager.launch_blocks(task, wanted)
+        assert done.wait(10)
+        done.clear()
+        for place in range(4 * count):
+            assert device.holds(20 + place, 4 * start + place + 1) == (place >= skipped)
+        for tensor in device.tensors:
+            tensor[20:] = 0
     manager.shutdown()
 
 
