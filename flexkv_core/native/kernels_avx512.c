@@ -16,8 +16,12 @@
 
 enum move { NONE, CACHED, STREAM };
 
-/* How far ahead of the loads lines are prefetched. */
-#define AHEAD_BYTES 2048
+/* Long pieces are copied as two pages side by side: two streams of loads keep more of the memory's banks busy than one (16 KiB pieces at
+ * random places, past the caches: 8.4 -> 9.7 GB/s, a contiguous memcpy 9.5; Xeon of family 6 model 207, 2 cores, 2026-10). */
+#define LANE_BYTES 4096
+/* How far ahead of the loads lines are prefetched, in each of the two lanes and in the one stream that copies what is shorter. */
+#define LANE_AHEAD_BYTES 2048
+#define AHEAD_BYTES 4096
 
 INLINE __m512i fold(__m512i x, __m512i powers, __m512i data) {
     __m512i low = _mm512_clmulepi64_epi128(x, powers, 0x00);
@@ -64,38 +68,80 @@ INLINE uint32_t reduce(__m512i x) {
     return (uint32_t)_mm_crc32_u64(state, (uint64_t)_mm_extract_epi64(sum, 1));
 }
 
-/* The main loop: whole 64-byte words, four at a time while there are. */
-INLINE uint32_t words(uint8_t *to, const uint8_t *from, size_t n, uint32_t state, const uint8_t *next, enum move move, int crc) {
+/* Into the second level: it tracks 48 misses, the first level 16 (in turns, ratio to memcpy: 0.97 against 0.91). */
+INLINE void prefetch(const uint8_t *at) { _mm_prefetch((const char *)at, _MM_HINT_T1); }
+
+typedef struct {
+    __m512i x;    /* CRC of what was read, folded onto the 64 bytes before the next ones */
+    __m512i seed; /* the state to begin with, where nothing was read yet; else zero */
+} folded;
+
+/* Two lanes of LANE_BYTES; `next` is where the two after them begin. */
+INLINE folded lanes(uint8_t *to, const uint8_t *from, folded f, const uint8_t *next, enum move move, int crc) {
+    const __m512i by_64 = _mm512_set4_epi64(0x9e4addf8, 0x740eef02, 0x9e4addf8, 0x740eef02);
+    const __m512i by_128 = _mm512_set4_epi64(0xd3b6092, 0x6992cea2, 0xd3b6092, 0x6992cea2);
+    const __m512i by_lane = _mm512_set4_epi64(0x18714ea86, 0xc2a5b65e, 0x18714ea86, 0xc2a5b65e);
+    __m512i a0 = _mm512_setzero_si512(), a1 = a0, b0 = a0, b1 = a0;
+    prefetch(next), prefetch(next + LANE_BYTES); /* address translation takes as long as a miss: begin it a whole step early */
+    for (size_t at = 0; at < LANE_BYTES; at += 128) {
+        const uint8_t *ahead = at + LANE_AHEAD_BYTES < LANE_BYTES ? from + at + LANE_AHEAD_BYTES : next + (at + LANE_AHEAD_BYTES - LANE_BYTES);
+        prefetch(ahead), prefetch(ahead + 64);
+        prefetch(ahead + LANE_BYTES), prefetch(ahead + LANE_BYTES + 64);
+        const uint8_t *a = from + at, *b = a + LANE_BYTES;
+        __m512i p0 = _mm512_loadu_si512(a), p1 = _mm512_loadu_si512(a + 64);
+        __m512i q0 = _mm512_loadu_si512(b), q1 = _mm512_loadu_si512(b + 64);
+        put(to + at, p0, move), put(to + at + 64, p1, move);
+        put(to + at + LANE_BYTES, q0, move), put(to + at + LANE_BYTES + 64, q1, move);
+        if (!crc)
+            continue;
+        if (at == 0)
+            a0 = fold(f.x, by_64, _mm512_xor_si512(p0, f.seed)), a1 = p1, b0 = q0, b1 = q1;
+        else
+            a0 = fold(a0, by_128, p0), a1 = fold(a1, by_128, p1), b0 = fold(b0, by_128, q0), b1 = fold(b1, by_128, q1);
+    }
+    return (folded){fold(fold(a0, by_64, a1), by_lane, fold(b0, by_64, b1)), _mm512_setzero_si512()};
+}
+
+/* Four words of 64 bytes at a time, as far as they go. */
+INLINE folded quads(uint8_t *to, const uint8_t *from, size_t n, folded f, const uint8_t *next, enum move move, int crc) {
     const __m512i by_64 = _mm512_set4_epi64(0x9e4addf8, 0x740eef02, 0x9e4addf8, 0x740eef02);
     const __m512i by_256 = _mm512_set4_epi64(0xb9e02b86, 0xdcb17aa4, 0xb9e02b86, 0xdcb17aa4);
-    __m512i x = _mm512_loadu_si512(from);
-    size_t at = 64;
-    put(to, x, move);
-    if (crc)
-        x = _mm512_xor_si512(x, _mm512_zextsi128_si512(_mm_cvtsi32_si128((int)state)));
+    __m512i x0 = _mm512_setzero_si512(), x1 = x0, x2 = x0, x3 = x0;
+    for (size_t at = 0; n - at >= 256; at += 256) {
+        const uint8_t *ahead = n - at > AHEAD_BYTES ? from + at + AHEAD_BYTES : next + (AHEAD_BYTES - (n - at));
+        for (size_t line = 0; line < 256; line += 64)
+            prefetch(ahead + line);
+        __m512i y0 = _mm512_loadu_si512(from + at), y1 = _mm512_loadu_si512(from + at + 64);
+        __m512i y2 = _mm512_loadu_si512(from + at + 128), y3 = _mm512_loadu_si512(from + at + 192);
+        put(to + at, y0, move), put(to + at + 64, y1, move), put(to + at + 128, y2, move), put(to + at + 192, y3, move);
+        if (!crc)
+            continue;
+        if (at == 0)
+            x0 = fold(f.x, by_64, _mm512_xor_si512(y0, f.seed)), x1 = y1, x2 = y2, x3 = y3;
+        else
+            x0 = fold(x0, by_256, y0), x1 = fold(x1, by_256, y1), x2 = fold(x2, by_256, y2), x3 = fold(x3, by_256, y3);
+    }
+    return (folded){fold(fold(fold(x0, by_64, x1), by_64, x2), by_64, x3), _mm512_setzero_si512()};
+}
+
+/* Whole words of 64 bytes, at least one. */
+INLINE uint32_t words(uint8_t *to, const uint8_t *from, size_t n, uint32_t state, const uint8_t *next, enum move move, int crc) {
+    const __m512i by_64 = _mm512_set4_epi64(0x9e4addf8, 0x740eef02, 0x9e4addf8, 0x740eef02);
+    folded f = {_mm512_setzero_si512(), _mm512_zextsi128_si512(_mm_cvtsi32_si128((int)state))};
+    for (; n >= 2 * LANE_BYTES; n -= 2 * LANE_BYTES, to += 2 * LANE_BYTES, from += 2 * LANE_BYTES)
+        f = lanes(to, from, f, n > 2 * LANE_BYTES ? from + 2 * LANE_BYTES : next, move, crc);
     if (n >= 256) {
-        __m512i x1 = _mm512_loadu_si512(from + 64), x2 = _mm512_loadu_si512(from + 128), x3 = _mm512_loadu_si512(from + 192);
-        put(to + 64, x1, move), put(to + 128, x2, move), put(to + 192, x3, move);
-        for (at = 256; n - at >= 256; at += 256) {
-            const uint8_t *ahead = n - at > AHEAD_BYTES ? from + at + AHEAD_BYTES : next + (AHEAD_BYTES - (n - at));
-            for (int line = 0; line < 256; line += 64)
-                _mm_prefetch((const char *)ahead + line, _MM_HINT_T0);
-            __m512i y0 = _mm512_loadu_si512(from + at), y1 = _mm512_loadu_si512(from + at + 64);
-            __m512i y2 = _mm512_loadu_si512(from + at + 128), y3 = _mm512_loadu_si512(from + at + 192);
-            put(to + at, y0, move), put(to + at + 64, y1, move), put(to + at + 128, y2, move), put(to + at + 192, y3, move);
-            if (crc)
-                x = fold(x, by_256, y0), x1 = fold(x1, by_256, y1), x2 = fold(x2, by_256, y2), x3 = fold(x3, by_256, y3);
-        }
-        if (crc)
-            x = fold(fold(fold(x, by_64, x1), by_64, x2), by_64, x3);
+        size_t whole = n & ~(size_t)255;
+        f = quads(to, from, whole, f, next, move, crc);
+        n -= whole, to += whole, from += whole;
     }
-    for (; n - at >= 64; at += 64) {
-        __m512i y = _mm512_loadu_si512(from + at);
-        put(to + at, y, move);
+    for (; n; n -= 64, to += 64, from += 64) {
+        __m512i y = _mm512_loadu_si512(from);
+        put(to, y, move);
         if (crc)
-            x = fold(x, by_64, y);
+            f = (folded){fold(f.x, by_64, _mm512_xor_si512(y, f.seed)), _mm512_setzero_si512()};
     }
-    return crc ? reduce(x) : state;
+    return crc ? reduce(f.x) : state;
 }
 
 INLINE uint32_t run(uint8_t *to, const uint8_t *from, size_t n, uint32_t state, const uint8_t *next, enum move move, int crc) {
