@@ -1,4 +1,4 @@
-/* CRC32C and copies with SSE4.2 and PCLMULQDQ: kernels_avx512.c with 16-byte words. See there for the algorithm. */
+/* CRC32C and copies with SSE4.2 and PCLMULQDQ: kernels_avx512.c in words of 16 bytes. See there for the algorithm and the names. */
 #if defined(__x86_64__)
 #include "kernels.h"
 
@@ -9,32 +9,103 @@
 #define INLINE static inline __attribute__((always_inline)) TARGET
 
 enum move { NONE, CACHED, STREAM };
+enum crc { WITHOUT, OF_COPY, OF_OTHER };
 
-/* How far ahead of the loads lines are prefetched. */
-#define AHEAD_BYTES 2048
+#define LANE_BYTES 4096
+#define LANE_AHEAD_BYTES 2048
+#define AHEAD_BYTES 4096
 
-INLINE __m128i load(const uint8_t *from) { return _mm_loadu_si128((const __m128i *)from); }
+#define BY_16 _mm_set_epi64x(0x14cd00bd6, 0xf20c0dfe)
+#define BY_64 _mm_set_epi64x(0x9e4addf8, 0x740eef02)
+#define BY_LANE _mm_set_epi64x(0x18714ea86, 0xc2a5b65e)
+
+/* A piece under way. */
+typedef struct {
+    uint8_t *to;
+    const uint8_t *from, *read;
+    const uint8_t *next; /* where the bytes to be read after this piece begin */
+    size_t n;
+    __m128i x;    /* CRC of what was read, folded onto the 16 bytes before the next ones */
+    __m128i seed; /* the state to begin with, where nothing was read yet; else zero */
+} piece;
+
+/* Four neighbouring words. */
+typedef struct {
+    __m128i word[4];
+} line;
+
+INLINE __m128i load(const uint8_t *at) { return _mm_loadu_si128((const __m128i *)at); }
+
+INLINE void prefetch(const uint8_t *at) { _mm_prefetch((const char *)at, _MM_HINT_T1); }
 
 INLINE __m128i fold(__m128i x, __m128i powers, __m128i data) {
     return _mm_xor_si128(data, _mm_xor_si128(_mm_clmulepi64_si128(x, powers, 0x00), _mm_clmulepi64_si128(x, powers, 0x11)));
 }
 
-INLINE void put(uint8_t *to, __m128i data, enum move move) {
+/* Copies 16 bytes; returns those to be folded in. */
+INLINE __m128i word(const piece *p, size_t at, enum move move, enum crc crc) {
+    __m128i data = load(p->from + at);
     if (move == CACHED)
-        _mm_storeu_si128((__m128i *)to, data);
+        _mm_storeu_si128((__m128i *)(p->to + at), data);
     if (move == STREAM)
-        _mm_stream_si128((__m128i *)to, data);
+        _mm_stream_si128((__m128i *)(p->to + at), data);
+    return crc == OF_OTHER ? load(p->read + at) : data;
 }
 
-/* Fewer than 16 bytes. */
-INLINE uint32_t tail(uint8_t *to, const uint8_t *from, size_t n, uint32_t state, enum move move, int crc) {
-    uint8_t bytes[16];
-    memcpy(bytes, from, n);
-    if (move != NONE)
-        memcpy(to, bytes, n);
-    for (size_t at = 0; crc && at < n; at++)
-        state = _mm_crc32_u8(state, bytes[at]);
-    return state;
+INLINE line words_of_line(const piece *p, size_t at, enum move move, enum crc crc) {
+    return (line){{word(p, at, move, crc), word(p, at + 16, move, crc), word(p, at + 32, move, crc), word(p, at + 48, move, crc)}};
+}
+
+INLINE line fold_line(line x, line data) {
+    return (line){{fold(x.word[0], BY_64, data.word[0]), fold(x.word[1], BY_64, data.word[1]), fold(x.word[2], BY_64, data.word[2]),
+                   fold(x.word[3], BY_64, data.word[3])}};
+}
+
+INLINE __m128i join_line(line x) { return fold(fold(fold(x.word[0], BY_16, x.word[1]), BY_16, x.word[2]), BY_16, x.word[3]); }
+
+INLINE void advance(piece *p, size_t n) { p->to += n, p->from += n, p->read += n, p->n -= n; }
+
+INLINE void folded(piece *p, __m128i x) { p->x = x, p->seed = _mm_setzero_si128(); }
+
+/* Folds what was read so far onto the next 16 bytes. */
+INLINE __m128i resume(const piece *p, __m128i data) { return fold(p->x, BY_16, _mm_xor_si128(data, p->seed)); }
+
+/* Two lanes of LANE_BYTES. */
+INLINE void lanes(piece *p, enum move move, enum crc crc) {
+    const uint8_t *next = p->n > 2 * LANE_BYTES ? p->read + 2 * LANE_BYTES : p->next;
+    prefetch(next), prefetch(next + LANE_BYTES);
+    line a = {{_mm_setzero_si128()}}, b = a;
+    for (size_t at = 0; at < LANE_BYTES; at += 64) {
+        size_t then = at + LANE_AHEAD_BYTES;
+        const uint8_t *ahead = then < LANE_BYTES ? p->read + then : next + (then - LANE_BYTES);
+        prefetch(ahead), prefetch(ahead + LANE_BYTES);
+        line c = words_of_line(p, at, move, crc), d = words_of_line(p, at + LANE_BYTES, move, crc);
+        if (crc != WITHOUT && at == 0)
+            c.word[0] = resume(p, c.word[0]), a = c, b = d;
+        else if (crc != WITHOUT)
+            a = fold_line(a, c), b = fold_line(b, d);
+    }
+    if (crc != WITHOUT)
+        folded(p, fold(join_line(a), BY_LANE, join_line(b)));
+    advance(p, 2 * LANE_BYTES);
+}
+
+/* Lines of 64 bytes, as far as they go; at least one. */
+INLINE void lines(piece *p, enum move move, enum crc crc) {
+    line x = {{_mm_setzero_si128()}};
+    size_t at = 0;
+    for (; p->n - at >= 64; at += 64) {
+        size_t left = p->n - at;
+        prefetch(left > AHEAD_BYTES ? p->read + at + AHEAD_BYTES : p->next + (AHEAD_BYTES - left));
+        line y = words_of_line(p, at, move, crc);
+        if (crc != WITHOUT && at == 0)
+            y.word[0] = resume(p, y.word[0]), x = y;
+        else if (crc != WITHOUT)
+            x = fold_line(x, y);
+    }
+    if (crc != WITHOUT)
+        folded(p, join_line(x));
+    advance(p, at);
 }
 
 INLINE uint32_t reduce(__m128i x) {
@@ -42,74 +113,72 @@ INLINE uint32_t reduce(__m128i x) {
     return (uint32_t)_mm_crc32_u64(state, (uint64_t)_mm_extract_epi64(x, 1));
 }
 
-/* The main loop: whole 16-byte words, four at a time while there are. */
-INLINE uint32_t words(uint8_t *to, const uint8_t *from, size_t n, uint32_t state, const uint8_t *next, enum move move, int crc) {
-    const __m128i by_16 = _mm_set_epi64x(0x14cd00bd6, 0xf20c0dfe), by_64 = _mm_set_epi64x(0x9e4addf8, 0x740eef02);
-    __m128i x = load(from);
-    size_t at = 16;
-    put(to, x, move);
-    if (crc)
-        x = _mm_xor_si128(x, _mm_cvtsi32_si128((int)state));
-    if (n >= 64) {
-        __m128i x1 = load(from + 16), x2 = load(from + 32), x3 = load(from + 48);
-        put(to + 16, x1, move), put(to + 32, x2, move), put(to + 48, x3, move);
-        for (at = 64; n - at >= 64; at += 64) {
-            const uint8_t *ahead = n - at > AHEAD_BYTES ? from + at + AHEAD_BYTES : next + (AHEAD_BYTES - (n - at));
-            _mm_prefetch((const char *)ahead, _MM_HINT_T0);
-            __m128i y0 = load(from + at), y1 = load(from + at + 16), y2 = load(from + at + 32), y3 = load(from + at + 48);
-            put(to + at, y0, move), put(to + at + 16, y1, move), put(to + at + 32, y2, move), put(to + at + 48, y3, move);
-            if (crc)
-                x = fold(x, by_64, y0), x1 = fold(x1, by_64, y1), x2 = fold(x2, by_64, y2), x3 = fold(x3, by_64, y3);
-        }
-        if (crc)
-            x = fold(fold(fold(x, by_16, x1), by_16, x2), by_16, x3);
+/* All whole words of 16 bytes. */
+INLINE uint32_t words(piece *p, uint32_t state, enum move move, enum crc crc) {
+    if (p->n < 16)
+        return state;
+    p->x = _mm_setzero_si128();
+    p->seed = _mm_cvtsi32_si128((int)state);
+    while (p->n >= 2 * LANE_BYTES)
+        lanes(p, move, crc);
+    if (p->n >= 64)
+        lines(p, move, crc);
+    for (; p->n >= 16; advance(p, 16)) {
+        __m128i data = word(p, 0, move, crc);
+        if (crc != WITHOUT)
+            folded(p, resume(p, data));
     }
-    for (; n - at >= 16; at += 16) {
-        __m128i y = load(from + at);
-        put(to + at, y, move);
-        if (crc)
-            x = fold(x, by_16, y);
-    }
-    return crc ? reduce(x) : state;
+    return crc != WITHOUT ? reduce(p->x) : state;
 }
 
-INLINE uint32_t run(uint8_t *to, const uint8_t *from, size_t n, uint32_t state, const uint8_t *next, enum move move, int crc) {
-    if (move == STREAM) {
-        size_t head = (size_t)(-(uintptr_t)to & 15);
-        head = head < n ? head : n;
-        if (head)
-            state = tail(to, from, head, state, CACHED, crc);
-        to += head, from += head, n -= head;
-    }
-    size_t whole = n & ~(size_t)15;
-    if (whole)
-        state = words(to, from, whole, state, next, move, crc);
-    if (n - whole)
-        state = tail(to + whole, from + whole, n - whole, state, move, crc);
+/* The first n < 16 bytes. */
+INLINE uint32_t bytes(piece *p, size_t n, uint32_t state, enum move move, enum crc crc) {
+    if (move != NONE)
+        memcpy(p->to, p->from, n);
+    const uint8_t *read = move != NONE && crc == OF_COPY ? p->to : p->read; /* of the very bytes that were stored */
+    for (size_t at = 0; crc != WITHOUT && at < n; at++)
+        state = _mm_crc32_u8(state, read[at]);
+    advance(p, n);
     return state;
 }
 
+INLINE uint32_t run(piece p, uint32_t state, enum move move, enum crc crc) {
+    size_t head = (size_t)(-(uintptr_t)p.to & 15);
+    if (move == STREAM && head) /* streaming stores need an aligned target */
+        state = bytes(&p, head < p.n ? head : p.n, state, CACHED, crc);
+    state = words(&p, state, move, crc);
+    return p.n ? bytes(&p, p.n, state, move, crc) : state;
+}
+
 TARGET static uint32_t crc_only(uint32_t state, const uint8_t *data, size_t n) {
-    return run(NULL, data, n, state, data + n, NONE, 1);
+    return run((piece){.from = data, .read = data, .next = data + n, .n = n}, state, NONE, OF_COPY);
 }
 
 TARGET static uint32_t copy(uint8_t *to, const uint8_t *from, size_t n, uint32_t state, const uint8_t *next) {
-    return run(to, from, n, state, next, CACHED, 0);
+    return run((piece){.to = to, .from = from, .read = from, .next = next, .n = n}, state, CACHED, WITHOUT);
 }
 
 TARGET static uint32_t stream(uint8_t *to, const uint8_t *from, size_t n, uint32_t state, const uint8_t *next) {
-    return run(to, from, n, state, next, STREAM, 0);
+    return run((piece){.to = to, .from = from, .read = from, .next = next, .n = n}, state, STREAM, WITHOUT);
 }
 
 TARGET static uint32_t copy_crc(uint8_t *to, const uint8_t *from, size_t n, uint32_t state, const uint8_t *next) {
-    return run(to, from, n, state, next, CACHED, 1);
+    return run((piece){.to = to, .from = from, .read = from, .next = next, .n = n}, state, CACHED, OF_COPY);
 }
 
 TARGET static uint32_t stream_crc(uint8_t *to, const uint8_t *from, size_t n, uint32_t state, const uint8_t *next) {
-    return run(to, from, n, state, next, STREAM, 1);
+    return run((piece){.to = to, .from = from, .read = from, .next = next, .n = n}, state, STREAM, OF_COPY);
+}
+
+TARGET static uint32_t copy_read(uint8_t *to, const uint8_t *from, size_t n, uint32_t state, const uint8_t *read) {
+    return run((piece){.to = to, .from = from, .read = read, .next = read + n, .n = n}, state, CACHED, OF_OTHER);
+}
+
+TARGET static uint32_t stream_read(uint8_t *to, const uint8_t *from, size_t n, uint32_t state, const uint8_t *read) {
+    return run((piece){.to = to, .from = from, .read = read, .next = read + n, .n = n}, state, STREAM, OF_OTHER);
 }
 
 static void fence(void) { _mm_sfence(); }
 
-const fk_kernels fk_kernels_sse42 = {"sse42", crc_only, copy, stream, copy_crc, stream_crc, fence};
+const fk_kernels fk_kernels_sse42 = {"sse42", crc_only, copy, stream, copy_crc, stream_crc, copy_read, stream_read, fence};
 #endif
