@@ -42,7 +42,8 @@ RESERVED_VARIABLES = frozenset({PATH_VARIABLE, CACHE_DIR_VARIABLE})
 
 _HOST_SHARE = 4  # a quarter of the memory, so that the engine's weights and its own cache have room
 _HOST_BYTES_MAX = 8 << 30  # what one engine gets unasked; touching and pinning more takes seconds at start
-_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # versions 2 and 1
+# Versions 2 and 1.
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 _SIZE = 'size: bytes, or text such as "4GiB" or "512MB"'
 _SWITCH = "true or false"
