@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flexkv_core import native
-from flexkv_core.native import twin
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from flexkv_core import native
+from flexkv_core.native import twin
 
 POLYNOMIAL = 0x11EDC6F41
 SOURCES = Path(native.__file__).parent
@@ -50,7 +51,9 @@ def test_any_bytes_at_any_alignment(implementation, data, crc, start):
     assert implementation.crc32c(memoryview(data)[start:], crc) == reference_crc(data[start:], crc)
 
 
-@pytest.mark.parametrize("length", [4096, 8191, 8192, 8193, 8192 + 63, 8192 + 256 + 64 + 7, 16384, 70_000, 300_001])
+@pytest.mark.parametrize(
+    "length", [4096, 8191, 8192, 8193, 8192 + 63, 8192 + 256 + 64 + 7, 16384, 70_000, 300_001]
+)
 def test_long_data_and_continuation(implementation, length):
     data = np.random.default_rng(length).integers(0, 256, length, np.uint8)
     whole = implementation.crc32c(data, 7)
@@ -135,6 +138,13 @@ def folding_powers(distance_bits: int) -> tuple[int, int]:
 
 def test_the_folding_constants_are_the_powers_they_claim_to_be():
     lanes_bits = 8 * 4096
-    for name, distances in (("kernels_avx512.c", (512, 1024, 2048, lanes_bits)), ("kernels_sse42.c", (128, 512, lanes_bits))):
-        defined = re.findall(r"#define BY_\w+ \w+\((0x[0-9a-f]+), (0x[0-9a-f]+)\)", (SOURCES / name).read_text())
-        assert [(int(low, 16), int(high, 16)) for high, low in defined] == [folding_powers(bits) for bits in distances]
+    for name, distances in (
+        ("kernels_avx512.c", (512, 1024, 2048, lanes_bits)),
+        ("kernels_sse42.c", (128, 512, lanes_bits)),
+    ):
+        defined = re.findall(
+            r"#define BY_\w+ \w+\((0x[0-9a-f]+), (0x[0-9a-f]+)\)", (SOURCES / name).read_text()
+        )
+        assert [(int(low, 16), int(high, 16)) for high, low in defined] == [
+            folding_powers(bits) for bits in distances
+        ]

@@ -9,9 +9,10 @@ from types import ModuleType
 import numpy as np
 import pytest
 import xxhash
-from flexkv_core.native import twin
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from flexkv_core.native import twin
 
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 PARENT = bytes(range(16))
@@ -109,7 +110,14 @@ def test_packed_tokens_are_int32_whatever_the_container(implementation, tokens, 
     start = data.draw(st.integers(0, len(tokens)))
     stop = data.draw(st.integers(start, len(tokens)))
     expected = np.array(tokens[start:stop], "<i4").tobytes()
-    containers = [tokens, tuple(tokens), View(tokens), array("i", tokens), np.array(tokens, np.int64), list(np.array(tokens, int))]
+    containers = [
+        tokens,
+        tuple(tokens),
+        View(tokens),
+        array("i", tokens),
+        np.array(tokens, np.int64),
+        list(np.array(tokens, int)),
+    ]
     for container in containers:
         assert implementation.pack_tokens(container, start, stop) == expected
 
