@@ -37,7 +37,7 @@ class _Arena:
     @classmethod
     def touched(cls, data_bytes: int, rounds: int) -> _Arena:
         """Both buffers with every page written once, all bytes equal."""
-        return cls(np.full(data_bytes, 1, np.uint8), np.full(data_bytes, 1, np.uint8), batches)
+        return cls(np.full(data_bytes, 1, np.uint8), np.full(data_bytes, 1, np.uint8), rounds)
 
 
 @dataclass(frozen=True)
