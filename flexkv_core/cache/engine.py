@@ -209,21 +209,21 @@ class GlobalCacheEngine:
 
         Puts do this by themselves when they need room. Leased blocks, blocks that are being written, and what these follow stay.
         """
-        policy, index = self.policy, self.index
+        victim, remove, evict = self.policy.victim, self.policy.remove, self.index.evict
         freed = 0
         while freed < want:
-            run = policy.victim()
+            run = victim()
             if run is None:
                 break
-            count, left, leaf = index.evict(run, tier, want - freed)
+            count, left, leaf = evict(run, tier, want - freed)
             if count < 0:
-                policy.park(run)
+                self.policy.park(run)
                 continue
             freed += count
             if left == 0:
-                policy.remove(run)
+                remove(run)
                 if leaf >= 0:
-                    policy.unpark(leaf)
+                    self.policy.unpark(leaf)
         self.stats.blocks_evicted += freed
         self._collect()
         return freed

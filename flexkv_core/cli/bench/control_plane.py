@@ -116,11 +116,11 @@ def _plan_us(calls: int) -> dict[str, float]:
 
 
 def _evict_us(leaves: int, calls: int) -> float:
-    """8 blocks from a full pool in which each block is a leaf of its own: 8 runs go."""
-    engine = GlobalCacheEngine({Tier.HOST: leaves})
+    """8 blocks, each the only one of its run, so that 8 runs go; ``leaves`` are left after the last call."""
+    engine = GlobalCacheEngine({Tier.HOST: leaves + 8 * calls})
     _fill(engine)
-    assert len(engine.index) == leaves
-    return _median_us(engine.evict, cycle([8]), calls, lambda freed: _fill(engine))
+    assert len(engine.index) == leaves + 8 * calls
+    return _median_us(engine.evict, cycle([8]), calls)
 
 
 def _fill(engine: GlobalCacheEngine) -> None:
@@ -153,6 +153,11 @@ def _manager_us(calls: int) -> dict[str, float]:
     config = FlexKVConfig(host_bytes=(4 * _SEQUENCE_BLOCKS + 64) * (layout.slot_bytes + 4))
     manager = KVManager(ModelConfig({"model": "bench"}, layout), config, _InstantExecutor())
     manager.start()
+
+    def give_back(match: tuple[int, object]) -> None:
+        manager.cancel(match[0])
+        manager.wait(match[0])  # forgets the task
+
     try:
         rng = np.random.default_rng(0)
         count = _SEQUENCE_BLOCKS * _TOKENS_PER_BLOCK
@@ -160,15 +165,11 @@ def _manager_us(calls: int) -> dict[str, float]:
         manager.wait(manager.put_async(cached, np.arange(count)))
         found = manager.get_match(cached)
         assert found[1].all()
-        manager.cancel(found[0])
+        give_back(found)
         fresh = _endless(lambda: rng.integers(0, 150_000, count))
         return {
-            "get_match_131072_us": _median_us(
-                manager.get_match, cycle([cached]), calls, lambda match: manager.cancel(match[0])
-            ),
-            "put_match_131072_us": _median_us(
-                manager.put_match, fresh, calls, lambda match: manager.cancel(match[0])
-            ),
+            "get_match_131072_us": _median_us(manager.get_match, cycle([cached]), calls, give_back),
+            "put_match_131072_us": _median_us(manager.put_match, fresh, calls, give_back),
         }
     finally:
         manager.shutdown()
