@@ -80,7 +80,7 @@ class _AncestorsOfLeasesGo(PyRunIndex):
     def _leave(self, run: Run) -> None:
         super()._leave(run)
         if run.parent is not None and not run.parent.detached:
-            run.parent.children.discard(run)
+            run.parent.children.pop(run, None)
             run.parent = None
 
 

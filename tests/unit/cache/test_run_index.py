@@ -273,7 +273,7 @@ def test_wrong_arguments(index_class: type[PyRunIndex]) -> None:
 def test_native_refuses_other_dtypes() -> None:
     index = RunIndex(False)
     with pytest.raises(TypeError, match="int32"):
-        index.insert(-1, chain(b"", [1]), 0, np.zeros(1, dtype=np.int64))  # type: ignore[arg-type]
+        index.insert(-1, chain(b"", [1]), 0, np.zeros(1, dtype=np.int64))
     frozen = np.zeros(1, dtype=np.int32)
     frozen.setflags(write=False)
     with pytest.raises((BufferError, ValueError)):
