@@ -394,7 +394,6 @@ class KVManager:
             self._make_room()
         if task.block_count and len(self._tasks) >= TASKS_MAX:
             self._end(task, KVResponseStatus.FAILED)
-            task.slots = task.slots[:0]
         elif not task.block_count:
             self._end(task, KVResponseStatus.SUCCESS)
         if task.on_done is None or task.block_count:
@@ -440,10 +439,11 @@ class KVManager:
         arrived = prefix_length(task.ok)
         if isinstance(task.plan, GetPlan):
             self._cache.finish_get(task.plan)
-        elif arrived:
+        elif arrived and task.plan is not None:
             self._cache.commit_put(task.plan, arrived)
-        else:
+        elif task.plan is not None:
             self._cache.abort_put(task.plan)
+        task.forget_plan()
 
     def _count(self, task: Task, result: OpResult) -> None:
         counters, blocks = self._counters, int(result.ok.sum())

@@ -13,6 +13,9 @@ from flexkv_core.cache.plans import GetPlan, PutPlan
 from flexkv_core.types import BlockIds, Direction, Slots, TokenIds
 
 
+_NO_SLOTS: Slots = np.empty(0, np.int32)
+
+
 class KVResponseStatus(Enum):
     """How a task stands."""
 
@@ -51,7 +54,7 @@ class Task:
 
     task_id: int
     direction: Direction
-    plan: GetPlan | PutPlan
+    plan: GetPlan | PutPlan | None
     start_block: int
     keys: bytes
     slots: Slots
@@ -71,6 +74,10 @@ class Task:
     def ended(self) -> bool:
         """Whether the outcome is known."""
         return self.status is not KVResponseStatus.UNREADY
+
+    def forget_plan(self) -> None:
+        """Let go of what only a task under way needs: it may be long before its caller asks for the response."""
+        self.plan, self.keys, self.slots = None, b"", _NO_SLOTS
 
     def mask(self, blocks: int, tokens_per_block: int) -> npt.NDArray[np.bool_]:
         """bool [tokens], True for the first ``blocks`` of the blocks that move."""
