@@ -58,6 +58,11 @@ class Report:
         """Median number of prompt tokens that came from FlexKV."""
         return int(statistics.median(ask.external_tokens for ask in self._of(state)))
 
+    def host_to_device_ratio(self) -> float:
+        """Median over the turns of host hit / device hit; a busy moment of the machine moves it less than it moves a median time."""
+        turns = zip(self._of(State.HOST_HIT), self._of(State.DEVICE_HIT), strict=True)
+        return statistics.median(host.answer.ttft_ms / device.answer.ttft_ms for host, device in turns)
+
     def identical(self, state: State) -> bool:
         """Whether every answer in this state equals the recomputed one of its question, token for token."""
         wanted = {ask.question: ask.answer.token_ids for ask in self._of(State.RECOMPUTE)}
