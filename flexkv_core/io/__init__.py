@@ -7,8 +7,8 @@
 - ``faults.py``   for tests: an engine that fails, and files after a power loss
 """
 
-from flexkv_core.io.base import IO_OP, PAGE_BYTES, Completions, IoEngine, IoKind, IoOps, make_ops
-from flexkv_core.io.probe import Region, open_engine
+from flexkv_core.io.base import IO_OP, PAGE_BYTES, Completions, IoEngine, IoKind, IoOps, Region, make_ops
+from flexkv_core.io.probe import open_engine
 
 __all__ = [
     "IO_OP",

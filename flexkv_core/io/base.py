@@ -7,6 +7,7 @@ never retries what the medium refused.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from enum import IntEnum
 from types import TracebackType
 from typing import Any, ClassVar, NamedTuple, TypeAlias
@@ -35,6 +36,14 @@ class IoKind(IntEnum):
     READ = 0  # file -> memory
     WRITE = 1  # memory -> file
     SYNC = 2  # fdatasync: makes writes durable whose completion was returned before the submission; only `file` and `tag` count
+
+
+@dataclass(frozen=True)
+class Region:
+    """Memory that operations move to and from; an engine may register it with the kernel. Operations elsewhere are legal."""
+
+    address: int
+    size_bytes: int
 
 
 class Completions(NamedTuple):
