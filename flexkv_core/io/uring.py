@@ -41,7 +41,7 @@ class UringEngine(IoEngine):
             OSError: this host refuses io_uring (EPERM, EACCES, ENOSYS), its kernel is older than 5.11 (EOPNOTSUPP), or the extension
                 was built without it (ENOSYS).
         """
-        self._ring = _uring_class()(np.asarray(files, np.int32), depth)
+        self._ring = _uring_class()(np.asarray(files, np.int32).data, depth)
         self._is_open = True
         self.is_registered = bool(regions) and self._register(regions)
 
@@ -50,7 +50,7 @@ class UringEngine(IoEngine):
         self._check_open()
         if ops.dtype != IO_OP:
             raise ValueError(f"ops must be an array of IO_OP, not of {ops.dtype}")
-        return self._ring.submit(kind, ops, length, -1.0 if deadline_s is None else max(0.0, deadline_s))
+        return self._ring.submit(kind, ops.data, length, -1.0 if deadline_s is None else max(0.0, deadline_s))
 
     def wait(self, min_count: int = 1, timeout_s: float | None = None) -> Completions:
         """Keep the ring filled until enough has finished; other Python threads run meanwhile."""
@@ -81,7 +81,7 @@ class UringEngine(IoEngine):
     def inject(self, results: npt.NDArray[np.int32]) -> None:
         """For tests: let the next completions report these results; a negative errno, or at most so many bytes (2**31 - 1: the
         truth)."""
-        self._ring.inject(results)
+        self._ring.inject(results.data)
 
     def _check_open(self) -> None:
         if not self._is_open:
@@ -104,7 +104,7 @@ class UringEngine(IoEngine):
             )
             return False
         try:
-            self._ring.register_buffers(pieces.reshape(-1))
+            self._ring.register_buffers(pieces.reshape(-1).data)
         except OSError as error:
             logger.warning(
                 "io_uring: buffers are not registered, which costs processor time: %s", error.strerror
@@ -117,7 +117,8 @@ def registration_pieces(regions: Sequence[Region]) -> npt.NDArray[np.int64]:
     """What to register for ``regions``, shape [pieces, 2]: start and end of each, ascending, whole pages, at most 1 GiB each."""
     pieces = []
     for region in sorted(regions, key=lambda region: region.address):
-        assert region.address % PAGE_BYTES == 0 and region.size_bytes > 0, region
+        assert region.address % PAGE_BYTES == 0, region
+        assert region.size_bytes > 0, region
         end = region.address + region.size_bytes
         starts = range(region.address, end, PIECE_BYTES_MAX)
         pieces += [(start, min(start + PIECE_BYTES_MAX, end)) for start in starts]

@@ -60,6 +60,12 @@ BENCHES: dict[str, Bench] = {
         "gather and scatter of paged blocks against one contiguous memcpy",
         {f"{way}_{size}_ratio": Bar(">=", 0.9) for size in ("16k", "64k") for way in ("gather", "scatter")},
     ),
+    "ssd": Bench(
+        "flexkv_core.cli.bench.ssd",
+        "reads and writes of blocks on a disk, in turns with fio, and with a busy Python thread",
+        {f"{way}_{size}_ratio": Bar(">=", 0.95) for size in ("256k", "1m", "4m") for way in ("read", "write")}
+        | {f"read_{size}_busy_gil_ratio": Bar(">=", 0.9) for size in ("256k", "1m")},
+    ),
     "overhead": Bench(
         "flexkv_core.cli.bench.overhead",
         "time to first token of requests that miss, two real vLLM servers in turns, with and without FlexKV",
