@@ -204,6 +204,30 @@ class GlobalCacheEngine:
         self._release(writing.run)
         self.stats.blocks_dropped += writing.blocks
 
+    def evict(self, want: int, tier: Tier = Tier.HOST) -> int:
+        """Let go of up to ``want`` blocks of a tier, by the policy's order, each run from its tail; returns how many.
+
+        Puts do this by themselves when they need room. Leased blocks, blocks that are being written, and what these follow stay.
+        """
+        victim, remove, evict = self.policy.victim, self.policy.remove, self.index.evict
+        freed = 0
+        while freed < want:
+            run = victim()
+            if run is None:
+                break
+            count, left, leaf = evict(run, tier, want - freed)
+            if count < 0:
+                self.policy.park(run)
+                continue
+            freed += count
+            if left == 0:
+                remove(run)
+                if leaf >= 0:
+                    self.policy.unpark(leaf)
+        self.stats.blocks_evicted += freed
+        self._collect()
+        return freed
+
     # ---- all of it -----------------------------------------------------------------------------------------------------------
 
     def reset(self) -> None:
@@ -253,31 +277,10 @@ class GlobalCacheEngine:
         """Up to ``want`` slots, after evicting what is needed and possible."""
         pool = self.pools[tier]
         if pool.free_count < want:
-            self._evict(tier, want - pool.free_count)
+            self.evict(want - pool.free_count, tier)
         slots = pool.allocate(min(want, pool.free_count))
         assert slots is not None
         return slots
-
-    def _evict(self, tier: Tier, want: int) -> int:
-        """Let go of up to ``want`` slots of a tier, oldest runs first, each from its tail."""
-        policy, index = self.policy, self.index
-        freed = 0
-        while freed < want:
-            run = policy.victim()
-            if run is None:
-                break
-            count, left, leaf = index.evict(run, tier, want - freed)
-            if count < 0:
-                policy.park(run)
-                continue
-            freed += count
-            if left == 0:
-                policy.remove(run)
-                if leaf >= 0:
-                    policy.unpark(leaf)
-        self.stats.blocks_evicted += freed
-        self._collect()
-        return freed
 
     def _pieces(self, writing: _Writing) -> list[int]:
         """The runs of a put, deepest first: other puts that branch off inside it have split it."""

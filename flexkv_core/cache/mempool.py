@@ -70,13 +70,14 @@ class Mempool:
             self._free_many(slots)
 
     def _free_few(self, slots: list[int]) -> None:
-        mark, stack = self._mark_view, self._stack_view
+        mark, stack, top = self._mark_view, self._stack_view, self._free
         for slot in reversed(slots):
             assert 0 <= slot < self.capacity, f"slot {slot} was returned to a pool of {self.capacity}"
             assert mark[slot] != _FREE, f"slot {slot} was returned and is free"
             mark[slot] = _FREE
-            stack[self._free] = slot
-            self._free += 1
+            stack[top] = slot
+            top += 1
+        self._free = top
 
     def _free_many(self, slots: Slots) -> None:
         mark, count = self._mark, len(slots)

@@ -158,9 +158,9 @@ class PyRunIndex:
         head.writing = tail.writing
         head.slots = [None if slots is None else slots[: SLOT_BYTES * at] for slots in tail.slots]
         if tail.parent is not None:
-            tail.parent.children.remove(tail)
+            del tail.parent.children[tail]
         tail.parent = head
-        head.children.add(tail)
+        head.children[tail] = None
         tail.keep(at, tail.length)
         self._heads[head.head] = head
         self._heads[tail.head] = tail
@@ -190,8 +190,8 @@ class PyRunIndex:
                 tail.slots[tier] = head.tier_bytes(tier) + tail.tier_bytes(tier)
         tail.set_keys(head.keys + tail.keys)
         if head.parent is not None:
-            head.parent.children.remove(head)
-            head.parent.children.add(tail)
+            del head.parent.children[head]
+            head.parent.children[tail] = None
         tail.parent = head.parent
         self._heads[tail.head] = tail
         self._forget(head)
@@ -309,7 +309,7 @@ class PyRunIndex:
         run = Run(self._unused.pop() if self._unused else len(self._runs), parent, keys)
         self._runs[run.number] = run
         if parent is not None:
-            parent.children.add(run)
+            parent.children[run] = None
         return run
 
     def _forget(self, run: Run) -> None:
@@ -363,7 +363,7 @@ class PyRunIndex:
                 if len(held):
                     self._freed[tier].append(held)
         if run.parent is not None:
-            run.parent.children.remove(run)
+            del run.parent.children[run]
         self._forget(run)
 
 

@@ -31,7 +31,7 @@ class Run:
     def __init__(self, number: int, parent: Run | None, keys: bytes) -> None:
         self.number = number
         self.parent = parent
-        self.children: set[Run] = set()
+        self.children: dict[Run, None] = {}  # a set that keeps its order: the same calls give the same ids
         self.slots: list[bytes | None] = [
             None
         ] * TIERS  # int32 a block, -1 = not there; None: no block was ever there

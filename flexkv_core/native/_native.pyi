@@ -12,6 +12,9 @@ from typing_extensions import Buffer
 INSTRUCTIONS: str
 """The instructions that were chosen at import: "avx512", "sse42" or "generic"."""
 
+def select_instructions(name: str | None, /) -> None:
+    """For tests and benchmarks: use this set of instructions, or the best for None. ValueError where the machine can't run it."""
+
 def hash_blocks(parent: Buffer, tokens: Buffer, tokens_per_block: int) -> bytes:
     """Keys of the full blocks of ``tokens``: key_i = XXH3_128(key_{i-1} || tokens of block i as int32 little-endian).
 

@@ -5,7 +5,8 @@
 
 #define KEY_BYTES 16
 
-/* Transfers of at least this many bytes go past the caches. */
+/* Transfers of at least this many bytes go past the caches: a cached store reads the line before it writes it (random 16 KiB pieces, 512
+ * MiB: 4.6 against 9.7 GB/s; Xeon family 6 model 207, 2026). What is smaller fits the second level and may be read from there next. */
 #define STREAM_BYTES_MIN (4u << 20)
 
 /* Arguments as they were given. */

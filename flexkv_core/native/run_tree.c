@@ -272,10 +272,18 @@ static void shrink_arrays(fk_run *run) {
     run->capacity = run->length;
 }
 
-/* Cuts off the tail of blocks that no tier holds; forgets a run of which nothing is left. Returns whether the run is gone. */
-static int cut_holes(fk_tree *tree, int32_t id) {
+static int only_tier(const fk_run *run, int tier) {
+    for (int other = 0; other < FK_TIERS; other++)
+        if (other != tier && run->slots[other])
+            return 0;
+    return 1;
+}
+
+/* `tier` has let go of all blocks from `left` on. Cuts off the tail of blocks that no tier holds; forgets a run of which nothing is
+ * left. Returns whether the run is gone. */
+static int cut_holes(fk_tree *tree, int32_t id, int tier, int32_t left) {
     fk_run *run = fk_tree_run(tree, id);
-    int32_t keep = run->length;
+    int32_t keep = only_tier(run, tier) ? left : run->length;
     while (keep > 0 && !in_some_tier(run, keep - 1))
         keep--;
     if (tree->track_removed && keep < run->length)
@@ -306,7 +314,7 @@ int fk_tree_evict(fk_tree *tree, int32_t id, int tier, int64_t want, fk_eviction
         freed += slots[--left] >= 0;
     if (slots)
         let_go(&tree->freed[tier], slots + left, run->length - left);
-    int gone = cut_holes(tree, id);
+    int gone = cut_holes(tree, id, tier, left);
     result->freed = freed;
     result->left = gone ? 0 : left;
     result->leaf = gone && parent >= 0 && fk_tree_evictable(tree, parent) ? parent : -1;

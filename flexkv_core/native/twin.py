@@ -1,13 +1,12 @@
 """Python twin of the C extension: the oracle of its tests, and the fallback where no compiler is.
 
 The contracts stand in ``_native.pyi``; the same arguments give the same results and the same kinds of error. Written to be
-obviously right first; only CRC32C is vectorised, since a fallback that checks 5 MB/s would be no fallback.
+obviously right first.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,12 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from flexkv_core.native.twin_crc32c import crc_update
 from flexkv_core.types import KEY_BYTES
 
-_CRC_POLYNOMIAL = 0x82F63B78  # Castagnoli, reflected (RFC 3720 appendix B.4)
-_LANES = 4096  # rows hashed side by side for long data: numpy's cost a call is spread over them
-
 _Array = npt.NDArray[Any]
+_INTEGERS = (np.dtype(np.int32), np.dtype(np.int64))
 
 
 def hash_blocks(parent: Any, tokens: Any, tokens_per_block: int) -> bytes:
@@ -32,7 +30,7 @@ def hash_blocks(parent: Any, tokens: Any, tokens_per_block: int) -> bytes:
         raise ValueError(f"parent has {len(key)} bytes, expected {KEY_BYTES}")
     if tokens_per_block < 1:
         raise ValueError(f"tokens_per_block is {tokens_per_block}, expected at least 1")
-    ids = _array(tokens, "tokens", (np.dtype(np.int32), np.dtype(np.int64)))
+    ids = _array(tokens, "tokens", _INTEGERS)
     count = len(ids) // tokens_per_block
     data = _as_int32_bytes(ids[: count * tokens_per_block])
     block_bytes = 4 * tokens_per_block
@@ -46,13 +44,10 @@ def hash_blocks(parent: Any, tokens: Any, tokens_per_block: int) -> bytes:
 def pack_tokens(tokens: Any, start: int, stop: int) -> bytes:
     """tokens[start:stop] as int32 little-endian; see ``_native.pyi``."""
     if not 0 <= start <= stop <= len(tokens):
-        raise ValueError(
-            f"range [{start}, {stop}) does not lie in {len(tokens)} tokens"
-        )
-    part = tokens[start:stop]
-    if not isinstance(part, np.ndarray):
-        part = np.array([_token(token) for token in part], dtype=np.int64)
-    return _as_int32_bytes(part)
+        raise ValueError(f"range [{start}, {stop}) does not lie in {len(tokens)} tokens")
+    if _is_buffer(tokens):
+        return _as_int32_bytes(_array(tokens, "tokens", _INTEGERS)[start:stop])
+    return np.array([_token(token) for token in tokens[start:stop]], dtype="<i4").tobytes()
 
 
 def crc32c(data: Any, crc: int = 0) -> int:
@@ -62,7 +57,7 @@ def crc32c(data: Any, crc: int = 0) -> int:
     view = memoryview(data)
     if not view.c_contiguous:
         raise TypeError("data must be C-contiguous")
-    return _crc_update(crc, np.frombuffer(view.cast("B"), dtype=np.uint8))
+    return crc_update(crc, np.frombuffer(view.cast("B"), dtype=np.uint8))
 
 
 def crc32c_slots(
@@ -80,15 +75,13 @@ def crc32c_slots(
     names = _keys(keys, len(ids))
     _expect_length("out", len(sums), len(ids))
     if min(slot_bytes, offset, length) < 0 or offset + length > slot_bytes:
-        raise ValueError(
-            f"offset {offset} and length {length} do not lie in a slot of {slot_bytes} bytes"
-        )
+        raise ValueError(f"offset {offset} and length {length} do not lie in a slot of {slot_bytes} bytes")
     if len(ids) and ids.min() < 0:
         at = int(np.argmax(ids < 0))
         raise IndexError(f"slots[{at}] is {ids[at]}, expected not negative")
     for i, slot in enumerate(ids.tolist()):
         image = _memory(base_addr + slot * slot_bytes + offset, length)
-        sums[i] = _crc_update(_crc_update(0, names[i]), image)
+        sums[i] = crc_update(crc_update(0, names[i]), image)
 
 
 def gather(
@@ -105,9 +98,7 @@ def gather(
     shard_offset: int = 0,
 ) -> None:
     """Copy paged blocks into slots; see ``_native.pyi``."""
-    paging = _Paging.of(
-        segment_addrs, block_strides, piece_bytes, block_count, blocks_per_slot
-    )
+    paging = _Paging.of(segment_addrs, block_strides, piece_bytes, block_count, blocks_per_slot)
     pool = _Pool(slot_base, slot_stride, slot_count, shard_offset)
     block_ids, slot_ids = _checked_ids(paging, pool, blocks, slots)
     for i in range(len(slot_ids)):
@@ -128,9 +119,7 @@ def scatter(
     shard_offset: int = 0,
 ) -> None:
     """Copy slots into paged blocks; see ``_native.pyi``."""
-    paging = _Paging.of(
-        segment_addrs, block_strides, piece_bytes, block_count, blocks_per_slot
-    )
+    paging = _Paging.of(segment_addrs, block_strides, piece_bytes, block_count, blocks_per_slot)
     pool = _Pool(slot_base, slot_stride, slot_count, shard_offset)
     block_ids, slot_ids = _checked_ids(paging, pool, blocks, slots)
     for i in range(len(slot_ids)):
@@ -153,9 +142,7 @@ def gather_crc(
     shard_offset: int = 0,
 ) -> None:
     """gather, and the checksum of each slot's image; see ``_native.pyi``."""
-    paging = _Paging.of(
-        segment_addrs, block_strides, piece_bytes, block_count, blocks_per_slot
-    )
+    paging = _Paging.of(segment_addrs, block_strides, piece_bytes, block_count, blocks_per_slot)
     pool = _Pool(slot_base, slot_stride, slot_count, shard_offset)
     block_ids, slot_ids = _checked_ids(paging, pool, blocks, slots)
     names = _keys(keys, len(slot_ids))
@@ -183,9 +170,7 @@ def scatter_verify(
     shard_offset: int = 0,
 ) -> int:
     """scatter of the slots whose checksum holds; see ``_native.pyi``."""
-    paging = _Paging.of(
-        segment_addrs, block_strides, piece_bytes, block_count, blocks_per_slot
-    )
+    paging = _Paging.of(segment_addrs, block_strides, piece_bytes, block_count, blocks_per_slot)
     pool = _Pool(slot_base, slot_stride, slot_count, shard_offset)
     block_ids, slot_ids = _checked_ids(paging, pool, blocks, slots)
     names = _keys(keys, len(slot_ids))
@@ -229,12 +214,8 @@ class _Paging:
         if piece_bytes < 0:
             raise ValueError(f"piece_bytes is {piece_bytes}, expected not negative")
         if blocks_per_slot < 1:
-            raise ValueError(
-                f"blocks_per_slot is {blocks_per_slot}, expected at least 1"
-            )
-        return cls(
-            tuple(addrs), tuple(strides), piece_bytes, block_count, blocks_per_slot
-        )
+            raise ValueError(f"blocks_per_slot is {blocks_per_slot}, expected at least 1")
+        return cls(tuple(addrs), tuple(strides), piece_bytes, block_count, blocks_per_slot)
 
     @property
     def image_bytes(self) -> int:
@@ -244,9 +225,7 @@ class _Paging:
     def pieces(self, block_ids: _Array) -> Iterator[int]:
         """Addresses of the pieces of one image, in the image's order."""
         for block in block_ids.tolist():
-            for addr, stride in zip(
-                self.segment_addrs, self.block_strides, strict=True
-            ):
+            for addr, stride in zip(self.segment_addrs, self.block_strides, strict=True):
                 yield addr + block * stride
 
 
@@ -264,9 +243,7 @@ class _Pool:
         return self.base + slot * self.stride + self.shard_offset
 
 
-def _checked_ids(
-    paging: _Paging, pool: _Pool, blocks: Any, slots: Any
-) -> tuple[_Array, _Array]:
+def _checked_ids(paging: _Paging, pool: _Pool, blocks: Any, slots: Any) -> tuple[_Array, _Array]:
     block_ids, slot_ids = _ids(blocks, "blocks"), _ids(slots, "slots")
     _expect_length("blocks", len(block_ids), len(slot_ids) * paging.blocks_per_slot)
     if pool.shard_offset < 0 or pool.shard_offset + paging.image_bytes > pool.stride:
@@ -285,18 +262,14 @@ def _checked_ids(
     return block_ids, slot_ids
 
 
-def _gather_slot(
-    paging: _Paging, pool: _Pool, block_ids: _Array, slot_ids: _Array, i: int
-) -> None:
+def _gather_slot(paging: _Paging, pool: _Pool, block_ids: _Array, slot_ids: _Array, i: int) -> None:
     k, size = paging.blocks_per_slot, paging.piece_bytes
     image = pool.image_addr(int(slot_ids[i]))
     for at, addr in enumerate(paging.pieces(block_ids[i * k : (i + 1) * k])):
         ctypes.memmove(image + at * size, addr, size)
 
 
-def _scatter_slot(
-    paging: _Paging, pool: _Pool, block_ids: _Array, slot_ids: _Array, i: int
-) -> None:
+def _scatter_slot(paging: _Paging, pool: _Pool, block_ids: _Array, slot_ids: _Array, i: int) -> None:
     k, size = paging.blocks_per_slot, paging.piece_bytes
     image = pool.image_addr(int(slot_ids[i]))
     for at, addr in enumerate(paging.pieces(block_ids[i * k : (i + 1) * k])):
@@ -304,18 +277,15 @@ def _scatter_slot(
 
 
 def _image_crc(paging: _Paging, pool: _Pool, slot: int, key: _Array) -> int:
-    return _crc_update(
-        _crc_update(0, key), _memory(pool.image_addr(slot), paging.image_bytes)
-    )
+    return crc_update(crc_update(0, key), _memory(pool.image_addr(slot), paging.image_bytes))
 
 
 def _memory(addr: int, length: int) -> _Array:
-    return np.frombuffer((ctypes.c_uint8 * length).from_address(addr), dtype=np.uint8)
+    memory = (ctypes.c_uint8 * length).from_address(addr)
+    return np.frombuffer(memoryview(memory).cast("B"), dtype=np.uint8)
 
 
-def _array(
-    buffer: Any, name: str, dtypes: Sequence[np.dtype[Any]], *, writable: bool = False
-) -> _Array:
+def _array(buffer: Any, name: str, dtypes: Sequence[np.dtype[Any]], *, writable: bool = False) -> _Array:
     """A numpy view of a one-dimensional contiguous buffer of one of these dtypes."""
     array = np.asarray(memoryview(buffer))
     if array.dtype not in dtypes or array.ndim != 1 or not array.flags.c_contiguous:
@@ -327,9 +297,7 @@ def _array(
 
 
 def _ids(buffer: Any, name: str) -> _Array:
-    return _array(buffer, name, (np.dtype(np.int32), np.dtype(np.int64))).astype(
-        np.int64
-    )
+    return _array(buffer, name, _INTEGERS).astype(np.int64)
 
 
 def _keys(keys: Any, count: int) -> _Array:
@@ -338,6 +306,14 @@ def _keys(keys: Any, count: int) -> _Array:
         raise TypeError("keys must be C-contiguous")
     _expect_length("keys", view.nbytes, KEY_BYTES * count)
     return np.frombuffer(view.cast("B"), dtype=np.uint8).reshape(count, KEY_BYTES)
+
+
+def _is_buffer(tokens: Any) -> bool:
+    try:
+        memoryview(tokens)
+    except TypeError:
+        return False
+    return True
 
 
 def _expect_length(name: str, length: int, expected: int) -> None:
@@ -358,76 +334,3 @@ def _as_int32_bytes(ids: _Array) -> bytes:
         at = int(np.argmax(narrow != ids))
         raise ValueError(f"token {ids[at]} is out of int32's range")
     return narrow.tobytes()
-
-
-@functools.cache
-def _byte_table() -> npt.NDArray[np.uint32]:
-    """CRC of each byte value from state 0: one step of the table-driven algorithm (Sarwate 1988)."""
-    table = np.arange(256, dtype=np.uint32)
-    for _ in range(8):
-        table = (table >> 1) ^ (np.uint32(_CRC_POLYNOMIAL) * (table & 1))
-    return table
-
-
-@functools.cache
-def _byte_list() -> list[int]:
-    values: list[int] = _byte_table().tolist()
-    return values
-
-
-def _crc_update(crc: int, data: _Array) -> int:
-    """CRC32C of bytes. Long data is cut into lanes that advance side by side; their states are then joined in order."""
-    lane_bytes = len(data) // _LANES
-    state = crc ^ 0xFFFFFFFF
-    if lane_bytes >= 16:
-        state = _crc_lanes(
-            state, data[: lane_bytes * _LANES].reshape(_LANES, lane_bytes)
-        )
-        data = data[lane_bytes * _LANES :]
-    table = _byte_list()
-    for byte in data.tobytes():
-        state = table[(state ^ byte) & 0xFF] ^ (state >> 8)
-    return state ^ 0xFFFFFFFF
-
-
-def _crc_lanes(state: int, lanes: _Array) -> int:
-    """State after all rows of ``lanes`` (uint8, shape [lanes, bytes]) in order.
-
-    CRC is linear: state(a || b) = shift(state(a), len(b)) ^ state(b). Rows advance together a byte at a time, then neighbours are
-    joined pairwise, the shift doubling each time.
-    """
-    table = _byte_table()
-    states = np.zeros(len(lanes), dtype=np.uint32)
-    states[0] = state
-    for column in np.ascontiguousarray(lanes.T):
-        states = table[(states ^ column) & 0xFF] ^ (states >> 8)
-    shift = _shift_rows(lanes.shape[1])
-    while len(states) > 1:
-        states = _apply(shift, states[0::2]) ^ states[1::2]
-        shift = _apply(shift, shift)
-    return int(states[0])
-
-
-@functools.lru_cache(maxsize=64)
-def _shift_rows(length: int) -> npt.NDArray[np.uint32]:
-    """The linear map "append ``length`` zero bytes" as the images of the 32 unit states, shape [32]."""
-    table = _byte_table()
-    one = np.uint32(1) << np.arange(32, dtype=np.uint32)
-    one = table[one & 0xFF] ^ (one >> 8)
-    rows = np.uint32(1) << np.arange(32, dtype=np.uint32)
-    while length:
-        if length & 1:
-            rows = _apply(one, rows)
-        one = _apply(one, one)
-        length >>= 1
-    return rows
-
-
-def _apply(
-    rows: npt.NDArray[np.uint32], states: npt.NDArray[np.uint32]
-) -> npt.NDArray[np.uint32]:
-    """The linear map ``rows`` (images of the unit states, shape [32]) of each state, shape [states]."""
-    result = np.zeros_like(states)
-    for bit in range(32):
-        result ^= rows[bit] * ((states >> np.uint32(bit)) & np.uint32(1))
-    return result

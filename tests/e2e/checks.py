@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
-from flexkv_kernels.copier import CpuCopier
 
 from flexkv_core.transfer.plan import TransferOp
+from flexkv_kernels.copier import CpuCopier
 from tests.e2e.engine import RECOMPUTE_BOUND, Answer, Engine
 
 Scatter = Callable[[CpuCopier, TransferOp, object, bool], npt.NDArray[np.bool_]]

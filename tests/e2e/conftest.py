@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -54,7 +54,6 @@ def llama(tiny_model: Callable[[str], Path]) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _one_line_a_test(request: pytest.FixtureRequest) -> Iterator[None]:
+def _one_line_a_test(request: pytest.FixtureRequest) -> None:
     """Names the running test in vLLM's own output, which pytest shows for a failure."""
     print(f"--- {request.node.nodeid}")
-    yield

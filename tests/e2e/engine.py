@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
 
 from flexkv_core.cli.harness.server import KV_TRANSFER_CONFIG
 
@@ -62,7 +64,10 @@ class _Running:
 
 @dataclass
 class Engine:
-    """An ``LLM`` under the one-line configuration, plus ``config`` as FlexKV's own keys. Use it as a context manager."""
+    """An ``LLM`` under the one-line configuration, plus ``config`` as FlexKV's own keys.
+
+    A context manager. vLLM keeps its state in the process, so one engine at a time may be alive.
+    """
 
     model: Path
     config: Mapping[str, object] = field(default_factory=dict)
@@ -85,7 +90,11 @@ class Engine:
             "kv_transfer_config": transfer,
             **self.options,
         }
-        self.llm = LLM(model=str(self.model), **options)
+        try:
+            self.llm = LLM(model=str(self.model), **options)
+        except BaseException:
+            _forget_engine()
+            raise
         self._next_id = 0
         return self
 
@@ -94,7 +103,7 @@ class Engine:
     ) -> None:
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
-        cleanup_dist_env_and_memory()
+        _forget_engine()
 
     @property
     def block_tokens(self) -> int:
@@ -191,7 +200,10 @@ class Engine:
         """The bytes of these blocks in the engine's KV cache, shape [layers, blocks, bytes of a block and layer]."""
         ids = list(blocks)
         return np.stack(
-            [tensor[ids].contiguous().view(len(ids), -1).numpy().view(np.uint8) for tensor in self.kv_tensors]
+            [
+                tensor[ids].contiguous().view(len(ids), -1).view(torch.uint8).numpy()
+                for tensor in self.kv_tensors
+            ]
         )
 
     def check_integrity(self) -> None:
@@ -206,6 +218,12 @@ class Engine:
 def prompt_tokens(seed: int, length: int) -> list[int]:
     """Random token ids; different seeds share no block."""
     return [int(token) for token in np.random.default_rng(seed).integers(100, 40_000, length)]
+
+
+def _forget_engine() -> None:
+    """Clears what vLLM keeps in the process: one engine at a time may be alive in it."""
+    ensure_kv_transfer_shutdown()
+    cleanup_dist_env_and_memory()
 
 
 def _answer(request: _Running) -> Answer:

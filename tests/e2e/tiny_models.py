@@ -22,10 +22,12 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
 )
 
-FORMAT = 1
+FORMAT = 2
 _VOCABULARY = 49152
 _LOGIT_SCALE = 3.0
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -78,7 +80,7 @@ def _mla() -> PreTrainedModel:
 
 
 def _hybrid() -> PreTrainedModel:
-    """Two layers of sliding window and two of full attention: more than one KV cache group."""
+    """Two layers of sliding window and two of full attention, in turns."""
     return Gemma3ForCausalLM(
         Gemma3TextConfig(
             vocab_size=_VOCABULARY,
@@ -91,13 +93,39 @@ def _hybrid() -> PreTrainedModel:
             sliding_window=256,
             layer_types=["sliding_attention", "full_attention"] * 2,
             max_position_embeddings=8192,
+            tie_word_embeddings=False,
             bos_token_id=1,
             eos_token_id=2,
         )
     )
 
 
-KINDS: dict[str, Callable[[], PreTrainedModel]] = {"llama": _llama, "mla": _mla, "hybrid": _hybrid}
+def _window() -> PreTrainedModel:
+    """Two layers of sliding window and none of full attention."""
+    return MistralForCausalLM(
+        MistralConfig(
+            vocab_size=_VOCABULARY,
+            hidden_size=256,
+            intermediate_size=512,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=64,
+            sliding_window=256,
+            max_position_embeddings=8192,
+            tie_word_embeddings=False,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
+
+
+KINDS: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": _llama,
+    "mla": _mla,
+    "hybrid": _hybrid,
+    "window": _window,
+}
 
 
 def ensure_tiny_model(kind: str, tokenizer: Path, cache_dir: Path) -> Path:
@@ -126,11 +154,14 @@ def ensure_tiny_model(kind: str, tokenizer: Path, cache_dir: Path) -> Path:
 
 def _draw_weights(model: PreTrainedModel) -> None:
     """Variance 1/fan-in for every matrix, 1 for the embedding, and a head that spreads the logits."""
+    is_gemma = model.config.model_type.startswith(
+        "gemma"
+    )  # multiplies its embedding by the root of its width
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() < 2:
                 continue
-            scale = 1.0 if "embed_tokens" in name else weight.shape[1] ** -0.5
+            scale = 1.0 if "embed_tokens" in name and not is_gemma else weight.shape[1] ** -0.5
             weight.normal_(0.0, scale * (_LOGIT_SCALE if "lm_head" in name else 1.0))
 
 

@@ -27,9 +27,9 @@ class LRUPolicy(EvictionPolicy):
 
     def remove(self, run: int) -> None:
         """Out of the order, or of the parked."""
-        if run in self._order:
+        try:
             del self._order[run]
-        else:
+        except KeyError:
             self._parked.discard(run)
 
     def touch(self, path: Sequence[int]) -> None:

@@ -53,7 +53,9 @@ def demo(
     began = time.monotonic()
 
     def say(text: str) -> None:
-        console.print(f"[dim]{time.monotonic() - began:6.1f} s[/dim]  {text}", highlight=False)
+        console.print(
+            f"[dim]{time.monotonic() - began:6.1f} s[/dim]  {text}", highlight=False, soft_wrap=True
+        )
 
     if not model:
         say("the model: SmolLM2-135M-Instruct, Apache-2.0 (converted on the first run, about 30 s)")

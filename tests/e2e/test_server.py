@@ -1,0 +1,223 @@
+"""The real ``vllm serve`` with the one line that a user types: many clients, clients that leave, metrics, every kind of stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from flexkv_core.cli.demo.measure import measure
+from flexkv_core.cli.harness.client import Completion, VllmClient
+from flexkv_core.cli.harness.server import (
+    CPU_ARGUMENTS,
+    CPU_ENVIRONMENT,
+    KV_TRANSFER_CONFIG,
+    ServerError,
+    VllmServer,
+)
+from tests.e2e.engine import BLOCK_TOKENS, prompt_tokens
+
+CLIENTS = 64
+ENVIRONMENT = {**CPU_ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+ONE_LINE = ("--kv-transfer-config", KV_TRANSFER_CONFIG)
+EXTERNAL_HITS = "vllm:external_prefix_cache_hits_total"
+SEGMENT_NAME = "flexkv-host-tier"
+
+
+def _server(model: Path, folder: Path, *arguments: str) -> VllmServer:
+    return VllmServer(model, [*CPU_ARGUMENTS, *arguments], ENVIRONMENT, folder / "server.log")
+
+
+@pytest.fixture(scope="module")
+def server(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
+    with _server(llama, tmp_path_factory.mktemp("vllm"), *ONE_LINE, "--max-num-seqs", "64") as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: VllmServer) -> Iterator[VllmClient]:
+    with VllmClient(server.base_url) as connected:
+        yield connected
+
+
+def _hits(
+    client: VllmClient, prompt: list[int], tokens: int = 8
+) -> tuple[Completion, Completion, Completion]:
+    """The prompt recomputed, from the engine's own cache, and from FlexKV."""
+    client.reset_prefix_cache(external=True)
+    cold = client.complete(prompt, tokens, logprobs=True)
+    device = client.complete(prompt, tokens, logprobs=True)
+    client.reset_prefix_cache()
+    before = client.metrics().total(EXTERNAL_HITS)
+    host = client.complete(prompt, tokens, logprobs=True)
+    assert client.metrics().total(EXTERNAL_HITS) - before == host.cached_tokens
+    return cold, device, host
+
+
+def _assert_equal_hits(cold: Completion, device: Completion, host: Completion) -> None:
+    assert cold.cached_tokens == 0
+    assert (
+        host.cached_tokens == device.cached_tokens == (host.prompt_tokens - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+    )
+    assert (host.token_ids, host.logprobs) == (device.token_ids, device.logprobs)
+    assert host.token_ids == cold.token_ids
+
+
+def test_hit_equals_device_hit(client: VllmClient) -> None:
+    _assert_equal_hits(*_hits(client, prompt_tokens(900, 3000)))
+
+
+def test_metrics_count_what_happened(client: VllmClient) -> None:
+    before = client.metrics()
+    _, _, host = _hits(client, prompt_tokens(910, 1000))
+    blocks = host.cached_tokens // BLOCK_TOKENS
+
+    def grew(name: str) -> float:
+        return client.metrics().total(f"vllm:flexkv_{name}") - before.total(f"vllm:flexkv_{name}")
+
+    deadline = time.monotonic() + 10
+    while grew("stored_blocks_total") < blocks and time.monotonic() < deadline:
+        client.complete(prompt_tokens(911, 10), 2)  # counts come with the next step's output
+    assert grew("stored_blocks_total") >= blocks
+    assert grew("loaded_blocks_total") == blocks
+    assert grew("hit_tokens_total") == host.cached_tokens
+    assert grew("corrupt_blocks_total") == 0
+    assert (
+        client.metrics().total("vllm:flexkv_host_blocks")
+        > client.metrics().total("vllm:flexkv_host_blocks_used")
+        > 0
+    )
+
+
+def test_many_clients_at_once(server: VllmServer, client: VllmClient) -> None:
+    """96 prompts with 8 common prefixes from 64 clients: first new, then from the device, then from FlexKV."""
+    prefixes = [prompt_tokens(1000 + i, 400) for i in range(8)]
+    prompts = [[*prefixes[i % 8], *prompt_tokens(1100 + i, 30 + 5 * i)] for i in range(96)]
+
+    def ask(prompt: list[int]) -> Completion:
+        with VllmClient(server.base_url) as own:
+            return own.complete(prompt, 8)
+
+    client.reset_prefix_cache(external=True)
+    rounds = []
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        rounds.append(list(pool.map(ask, prompts)))
+        rounds.append(list(pool.map(ask, prompts)))
+        client.reset_prefix_cache()
+        before = client.metrics().total(EXTERNAL_HITS)
+        rounds.append(list(pool.map(ask, prompts)))
+    assert client.metrics().total(EXTERNAL_HITS) - before > 8 * len(prefixes[0]) // 2
+    assert all(answer.cached_tokens >= 6 * BLOCK_TOKENS for answer in rounds[2])
+    for first, *others in zip(*rounds, strict=True):
+        assert len(first.token_ids) == 8 or first.finish_reason == "stop"
+        assert all(other.token_ids == first.token_ids for other in others)
+
+
+def test_clients_that_leave_hold_nothing(server: VllmServer, client: VllmClient) -> None:
+    """Half of the prompts are in FlexKV. Clients leave at once, while their prompt is loaded or computed, and after tokens."""
+    prompts = [prompt_tokens(1300 + i, 1500) for i in range(12)]
+    client.reset_prefix_cache(external=True)
+    expected = [client.complete(prompt, 8) for prompt in prompts[::2]]
+    client.reset_prefix_cache()
+
+    def leave(turn: int) -> None:
+        body = {
+            "model": client.model,
+            "prompt": prompts[turn],
+            "max_tokens": 500,
+            "stream": True,
+            "ignore_eos": True,
+        }
+        timeout = httpx.Timeout(30.0, read=0.02 * turn + 0.01)
+        try:
+            with httpx.stream(
+                "POST", f"{server.base_url}/v1/completions", json=body, timeout=timeout
+            ) as reply:
+                next(reply.iter_lines())
+        except httpx.ReadTimeout:
+            pass  # left before the first token
+
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        list(pool.map(leave, range(len(prompts))))
+    client.reset_prefix_cache()  # refused as long as a block is held
+    metrics = client.metrics()
+    assert metrics.total("vllm:num_requests_running") + metrics.total("vllm:num_requests_waiting") == 0
+    for prompt, wanted in zip(prompts[::2], expected, strict=True):
+        assert client.complete(prompt, 8).token_ids == wanted.token_ids
+
+
+def test_bad_configuration_ends_the_start(llama: Path, tmp_path: Path) -> None:
+    config = (
+        '{"kv_connector":"FlexKVConnector","kv_role":"kv_both","kv_connector_extra_config":{"host_bites":1}}'
+    )
+    server = _server(llama, tmp_path, "--kv-transfer-config", config)
+    with pytest.raises(ServerError), server:
+        pass
+    assert "host_bites" in server.log_text()
+    assert "did you mean host_bytes" in server.log_text()
+    assert not server.group_alive
+
+
+def test_tensor_parallel_and_sigkill(llama: Path, tmp_path: Path) -> None:
+    """Both ranks write their shard of each slot. Killed outright, the server leaves no host memory behind."""
+    with _server(llama, tmp_path, *ONE_LINE, "--tensor-parallel-size", "2") as server:
+        with VllmClient(server.base_url) as client:
+            _assert_equal_hits(*_hits(client, prompt_tokens(1400, 1500)))
+        segments = _segments_of_group(server.pid)
+        assert segments, "the server maps the host tier"
+        server.kill()
+        _assert_gone(segments)
+
+
+def test_real_model_and_sigterm(demo_model: Path, tmp_path: Path) -> None:
+    """The demo's own measurement, once; then an ordinary stop."""
+    server = _server(demo_model, tmp_path, *ONE_LINE)
+    with server, VllmClient(server.base_url) as client:
+        report = measure(client, questions=1, rounds=1, progress=print)
+        segments = _segments_of_group(server.pid)
+        assert segments
+        os.kill(server.pid, signal.SIGTERM)
+        deadline = time.monotonic() + 60
+        while server.alive or server.group_alive:
+            assert time.monotonic() < deadline, "the server did not end on SIGTERM"
+            time.sleep(0.1)
+    _assert_gone(segments)
+    assert report.faults() == []
+
+
+def _segments_of_group(group: int) -> set[tuple[str, str]]:
+    """Device and inode of every host tier that a process of the group maps."""
+    return _mapped_segments(lambda pid: _group_of(pid) == group)
+
+
+def _assert_gone(segments: set[tuple[str, str]]) -> None:
+    """Nobody maps these any more, so the kernel has freed them: an unnamed segment ends with its last user."""
+    deadline = time.monotonic() + 10
+    while _mapped_segments(lambda pid: True) & segments:
+        assert time.monotonic() < deadline, "a process still maps the host tier"
+        time.sleep(0.1)
+    assert not [name for name in os.listdir("/dev/shm") if "flexkv" in name]
+
+
+def _mapped_segments(wanted: Callable[[int], bool]) -> set[tuple[str, str]]:
+    found = set()
+    for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
+        try:
+            lines = Path(f"/proc/{pid}/maps").read_text().splitlines() if wanted(pid) else []
+        except (OSError, ProcessLookupError):
+            continue  # it ended meanwhile, or is not ours to read
+        found |= {(line.split()[3], line.split()[4]) for line in lines if SEGMENT_NAME in line}
+    return found
+
+
+def _group_of(pid: int) -> int:
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return -1

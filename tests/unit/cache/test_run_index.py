@@ -1,0 +1,280 @@
+"""The C index against its Python twin, operation by operation."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from flexkv_core.cache.radix_tree import PyRunIndex, RunIndex
+from flexkv_core.types import KEY_BYTES, Slots
+
+native_only = pytest.mark.skipif(RunIndex is PyRunIndex, reason="the C extension was not built")
+each_index = pytest.mark.parametrize(
+    "index_class", list({PyRunIndex, RunIndex}), ids=lambda c: c.__module__.split(".")[-1]
+)
+
+
+def chain(parent: bytes, tokens: list[int]) -> bytes:
+    keys = []
+    for token in tokens:
+        parent = hashlib.blake2b(parent + bytes([token]), digest_size=KEY_BYTES).digest()
+        keys.append(parent)
+    return b"".join(keys)
+
+
+def slots(*values: int) -> Slots:
+    return np.array(values, dtype=np.int32)
+
+
+class BothIndexes(RuleBasedStateMachine):
+    """Every operation on both; ids may differ, so they are paired when a run is made."""
+
+    @initialize(track=st.booleans())
+    def make(self, track: bool) -> None:
+        self.twin, self.native = PyRunIndex(track), RunIndex(track)
+        self.native_id = {-1: -1}
+        self.next_slot = 0
+        self.pinned: list[int] = []  # twin's ids, once a pin
+
+    def twin_id(self, native: int) -> int:
+        return next(t for t, n in self.native_id.items() if n == native)
+
+    def draw_run(self, data: st.DataObject, attached: bool = False) -> int:
+        runs = [run for run in self.twin.runs() if not (attached and self.twin.info(run)[3])]
+        return data.draw(st.sampled_from(runs), label="run") if runs else -1
+
+    def forget_gone(self) -> None:
+        alive = {*self.twin.runs(), -1}
+        self.native_id = {t: n for t, n in self.native_id.items() if t in alive}
+
+    @rule(data=st.data(), tokens=st.lists(st.integers(0, 3), min_size=1, max_size=12), tier=st.integers(0, 2))
+    def insert(self, data: st.DataObject, tokens: list[int], tier: int) -> None:
+        parent = self.draw_run(data, attached=True) if data.draw(st.booleans(), label="below a run") else -1
+        keys = chain(self.twin.keys(parent)[-KEY_BYTES:] if parent >= 0 else b"", tokens)
+        new = np.arange(self.next_slot, self.next_slot + len(tokens), dtype=np.int32)
+        self.next_slot += len(tokens)
+        if self.twin.find(keys[:KEY_BYTES]) >= 0:
+            for index, above in ((self.twin, parent), (self.native, self.native_id[parent])):
+                with pytest.raises(ValueError, match="head"):
+                    index.insert(above, keys, tier, new)
+            return
+        run = self.twin.insert(parent, keys, tier, new)
+        self.native_id[run] = self.native.insert(self.native_id[parent], keys, tier, new)
+        self.pinned.append(run)
+
+    @rule(data=st.data())
+    def split(self, data: st.DataObject) -> None:
+        run = self.draw_run(data, attached=True)
+        if run < 0 or self.twin.info(run)[1] < 2:
+            return
+        at = data.draw(st.integers(1, self.twin.info(run)[1] - 1), label="at")
+        head = self.twin.split(run, at)
+        self.native_id[head] = self.native.split(self.native_id[run], at)
+
+    @rule(data=st.data(), blocks_max=st.integers(2, 30))
+    def merge(self, data: st.DataObject, blocks_max: int) -> None:
+        run = self.draw_run(data)
+        if run < 0:
+            return
+        native = self.native.merge(self.native_id[run], blocks_max)
+        assert self.native_id[self.twin.merge(run, blocks_max)] == native
+        self.forget_gone()
+
+    @rule(data=st.data())
+    def publish(self, data: st.DataObject) -> None:
+        run = self.draw_run(data)
+        if run >= 0:
+            self.twin.publish(run)
+            self.native.publish(self.native_id[run])
+
+    @rule(data=st.data())
+    def pin(self, data: st.DataObject) -> None:
+        run = self.draw_run(data, attached=True)
+        if run >= 0:
+            self.twin.pin(run)
+            self.native.pin(self.native_id[run])
+            self.pinned.append(run)
+
+    @precondition(lambda self: self.pinned)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        run = self.pinned.pop(data.draw(st.integers(0, len(self.pinned) - 1), label="pin"))
+        native = self.native.release(self.native_id[run])
+        leaf = self.twin.release(run)
+        assert self.native_id[leaf] == native
+        self.forget_gone()
+
+    @rule(data=st.data(), tier=st.integers(0, 2), want=st.integers(1, 20))
+    def evict(self, data: st.DataObject, tier: int, want: int) -> None:
+        run = self.draw_run(data)
+        if run < 0:
+            return
+        freed, left, leaf = self.twin.evict(run, tier, want)
+        assert self.native.evict(self.native_id[run], tier, want) == (freed, left, self.native_id[leaf])
+        self.forget_gone()
+
+    @rule(data=st.data())
+    def detach(self, data: st.DataObject) -> None:
+        run = self.draw_run(data)
+        if run < 0:
+            return
+        before = dict(self.native_id)
+        left = self.native.detach(self.native_id[run])
+        assert sorted(before[twin] for twin in self.twin.detach(run)) == sorted(left)
+        self.forget_gone()
+
+    @precondition(lambda self: self.twin.blocks > 60)
+    @rule()
+    def detach_all(self) -> None:
+        self.twin.detach_all()
+        self.native.detach_all()
+        self.forget_gone()
+
+    @rule(data=st.data(), tier=st.integers(0, 2), values=st.lists(st.integers(0, 99), max_size=4))
+    def set_slots(self, data: st.DataObject, tier: int, values: list[int]) -> None:
+        run = self.draw_run(data)
+        if run < 0:
+            return
+        at = data.draw(st.integers(0, self.twin.info(run)[1]), label="at")
+        fits = at + len(values) <= self.twin.info(run)[1]
+        for index, number in ((self.twin, run), (self.native, self.native_id[run])):
+            if fits:
+                index.set_slots(number, tier, at, slots(*values))
+            else:
+                with pytest.raises(ValueError, match="do not fit"):
+                    index.set_slots(number, tier, at, slots(*values))
+
+    @rule(data=st.data(), tier=st.integers(0, 2), through=st.booleans(), start=st.integers(0, 6))
+    def match(self, data: st.DataObject, tier: int, through: bool, start: int) -> None:
+        run = self.draw_run(data)
+        path = self.twin.path(run) if run >= 0 else []
+        keys = b"".join(self.twin.keys(step) for step in path)
+        cut = data.draw(st.integers(0, len(keys) // KEY_BYTES), label="cut") * KEY_BYTES
+        keys = keys[:cut] + chain(keys[:cut][-KEY_BYTES:], data.draw(st.lists(st.integers(0, 4), max_size=6)))
+        outs = [np.full(max(0, len(keys) // KEY_BYTES - start), -7, dtype=np.int32) for _ in range(2)]
+        blocks, found, at = self.twin.match(keys, start, outs[0], tier, through)
+        assert self.native.match(keys, start, outs[1], tier, through) == (blocks, self.native_id[found], at)
+        assert outs[0].tolist() == outs[1].tolist()
+
+    @invariant()
+    def equal(self) -> None:
+        if not hasattr(self, "twin"):
+            return
+        twin, native = self.twin, self.native
+        assert (len(twin), twin.blocks, len(twin.runs())) == (len(native), native.blocks, len(native.runs()))
+        for run in twin.runs():
+            number = self.native_id[run]
+            parent, *rest = twin.info(run)
+            assert native.info(number) == (self.native_id[parent], *rest)
+            assert native.keys(number) == twin.keys(run)
+            assert native.path(number) == [self.native_id[step] for step in twin.path(run)]
+            assert native.evictable(number) == twin.evictable(run)
+            assert self.native_id[twin.find(twin.keys(run)[:KEY_BYTES])] == native.find(
+                twin.keys(run)[:KEY_BYTES]
+            )
+            assert [native.slots(number, t) for t in range(3)] == [twin.slots(run, t) for t in range(3)]
+        for tier in range(3):
+            drained = [sorted(np.frombuffer(i.drain(tier), np.int32).tolist()) for i in (twin, native)]
+            assert drained[0] == drained[1]
+        removed = [i.drain_removed() for i in (twin, native)]
+        parts = [sorted(raw[i : i + KEY_BYTES] for i in range(0, len(raw), KEY_BYTES)) for raw in removed]
+        assert parts[0] == parts[1]
+
+
+@native_only
+def test_native_equals_twin() -> None:
+    run_state_machine_as_test(
+        BothIndexes,
+        settings=settings(
+            max_examples=150, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )
+
+
+@each_index
+def test_growth_over_many_runs(index_class: type[PyRunIndex]) -> None:
+    index = index_class(False)
+    keys = [chain(b"", [i & 255, i >> 8]) for i in range(5000)]
+    heads = {key[:KEY_BYTES] for key in keys}
+    for i, key in enumerate(keys):
+        if index.find(key[:KEY_BYTES]) < 0:
+            index.release(index.insert(-1, key, 0, slots(2 * i, 2 * i + 1)))
+    assert len(index) == len(heads) == 256
+    for i in range(5000):  # one run each, through several sizes of the table
+        run = index.insert(-1, i.to_bytes(KEY_BYTES, "little"), 0, slots(i))
+        index.publish(run)
+        index.release(run)
+    for i in range(0, 5000, 2):
+        assert index.evict(index.find(i.to_bytes(KEY_BYTES, "little")), 0, 1) == (1, 0, -1)
+    assert [index.find(i.to_bytes(KEY_BYTES, "little")) >= 0 for i in range(5000)] == [False, True] * 2500
+    assert len(index.drain(0)) == 4 * 2500
+
+
+@each_index
+def test_a_deep_path_needs_no_recursion(index_class: type[PyRunIndex]) -> None:
+    index = index_class(False)
+    parent, key = -1, b""
+    for i in range(20_000):
+        key = chain(key, [i % 7])
+        parent = index.insert(parent, key, 0, slots(i))
+        index.publish(parent)
+        index.release(parent)
+    root = index.path(parent)[0]
+    assert len(index.detach(root)) == 20_000
+    assert len(index) == index.blocks == len(index.runs()) == 0
+    assert sorted(np.frombuffer(index.drain(0), np.int32).tolist()) == list(range(20_000))
+
+
+@each_index
+def test_keys_that_are_not_chained_do_no_harm(index_class: type[PyRunIndex]) -> None:
+    index = index_class(False)
+    one, two = chain(b"", [1, 2]), chain(b"", [3])
+    for keys, new in ((one, slots(0, 1)), (two, slots(2))):
+        index.publish(index.insert(-1, keys, 0, new))
+    assert index.match(one + two, 0, None, 0, False)[0] == 2
+
+
+@each_index
+def test_wrong_arguments(index_class: type[PyRunIndex]) -> None:
+    index = index_class(False)
+    keys = chain(b"", [1, 2, 3])
+    run = index.insert(-1, keys, 0, slots(0, 1, 2))
+    for unknown in (run + 1, 10**6, -5):
+        with pytest.raises(KeyError):
+            index.info(unknown)
+    for at in (0, 3, -1):
+        with pytest.raises(ValueError, match="cannot split"):
+            index.split(run, at)
+    for bad, count in ((b"", 0), (keys[:20], 1), (keys, 2)):
+        with pytest.raises(ValueError, match="do not go with"):
+            index.insert(-1, bad, 0, np.zeros(count, dtype=np.int32))
+    with pytest.raises(ValueError, match="no room"):
+        index.match(keys, 0, np.empty(2, dtype=np.int32), 0, True)
+    with pytest.raises(ValueError, match="cannot evict"):
+        index.evict(run, 0, 0)
+    index.release(run)
+    with pytest.raises(ValueError, match="not pinned"):
+        index.release(run)
+
+
+@native_only
+def test_native_refuses_other_dtypes() -> None:
+    index = RunIndex(False)
+    with pytest.raises(TypeError, match="int32"):
+        index.insert(-1, chain(b"", [1]), 0, np.zeros(1, dtype=np.int64))
+    frozen = np.zeros(1, dtype=np.int32)
+    frozen.setflags(write=False)
+    with pytest.raises((BufferError, ValueError)):
+        index.match(chain(b"", [1]), 0, frozen, 0, True)

@@ -1,0 +1,150 @@
+"""CRC32C: published vectors, a bit-by-bit reference, and the folding constants derived anew."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from flexkv_core import native
+from flexkv_core.native import twin
+
+POLYNOMIAL = 0x11EDC6F41
+SOURCES = Path(native.__file__).parent
+
+shared_fixture = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def reference_crc(data: bytes, crc: int = 0) -> int:
+    """One bit at a time."""
+    state = crc ^ 0xFFFFFFFF
+    for byte in data:
+        state ^= byte
+        for _ in range(8):
+            state = (state >> 1) ^ (0x82F63B78 if state & 1 else 0)
+    return state ^ 0xFFFFFFFF
+
+
+# RFC 3720 appendix B.4, and the check value of the catalogue of CRC algorithms.
+@pytest.mark.parametrize(
+    ("data", "crc"),
+    [
+        (b"", 0),
+        (b"123456789", 0xE3069283),
+        (bytes(32), 0x8A9136AA),
+        (b"\xff" * 32, 0x62A8AB43),
+        (bytes(range(32)), 0x46DD794E),
+        (bytes(reversed(range(32))), 0x113FDB5C),
+    ],
+)
+def test_published_vectors(implementation, data, crc):
+    assert implementation.crc32c(data) == crc
+
+
+@shared_fixture
+@given(data=st.binary(max_size=1500), crc=st.integers(0, 2**32 - 1), start=st.integers(0, 70))
+def test_any_bytes_at_any_alignment(implementation, data, crc, start):
+    assert implementation.crc32c(memoryview(data)[start:], crc) == reference_crc(data[start:], crc)
+
+
+@pytest.mark.parametrize(
+    "length", [4096, 8191, 8192, 8193, 8192 + 63, 8192 + 256 + 64 + 7, 16384, 70_000, 300_001]
+)
+def test_long_data_and_continuation(implementation, length):
+    data = np.random.default_rng(length).integers(0, 256, length, np.uint8)
+    whole = implementation.crc32c(data, 7)
+    assert whole == twin.crc32c(data, 7)
+    for cut in (1, length // 3, length - 1):
+        assert implementation.crc32c(data[cut:], implementation.crc32c(data[:cut], 7)) == whole
+
+
+def test_the_twins_lanes_agree_with_single_steps():
+    data = np.random.default_rng(1).integers(0, 256, 100_000, np.uint8)
+    crc = 0
+    for at in range(0, len(data), 999):
+        crc = twin.crc32c(data[at : at + 999], crc)
+    assert twin.crc32c(data) == crc
+
+
+@pytest.mark.parametrize("crc", [-1, 2**32])
+def test_an_initial_value_out_of_range_is_refused(implementation, crc):
+    with pytest.raises(ValueError, match="unsigned 32-bit"):
+        implementation.crc32c(b"", crc)
+
+
+@pytest.mark.parametrize("data", ["text", None, np.zeros(8, np.uint8)[::2]])
+def test_what_is_no_contiguous_buffer_is_refused(implementation, data):
+    with pytest.raises(TypeError):
+        implementation.crc32c(data)
+
+
+def test_slots_are_seeded_with_their_keys(implementation):
+    memory = np.random.default_rng(2).integers(0, 256, 7 * 1000, np.uint8)
+    keys = np.random.default_rng(3).integers(0, 256, 16 * 4, np.uint8).tobytes()
+    for dtype in (np.int32, np.int64):
+        slots, out = np.array([6, 0, 3, 3], dtype), np.zeros(4, np.uint32)
+        implementation.crc32c_slots(memory.ctypes.data, 1000, 13, 900, slots, keys, out)
+        for i, slot in enumerate(slots.tolist()):
+            image = memory[slot * 1000 + 13 : slot * 1000 + 913].tobytes()
+            assert out[i] == twin.crc32c(keys[16 * i : 16 * i + 16] + image)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"offset": -1}, ValueError),
+        ({"length": -1}, ValueError),
+        ({"offset": 1, "length": 64}, ValueError),
+        ({"slots": np.array([0, -1], np.int32)}, IndexError),
+        ({"slots": np.array([0.0, 1.0])}, TypeError),
+        ({"keys": bytes(31)}, ValueError),
+        ({"out": np.zeros(3, np.uint32)}, ValueError),
+        ({"out": np.zeros(2, np.int32)}, TypeError),
+        ({"out": bytes(8)}, TypeError),
+    ],
+)
+def test_wrong_arguments_of_crc32c_slots(implementation, change, error):
+    memory = np.zeros(128, np.uint8)
+    arguments = {
+        "base_addr": memory.ctypes.data,
+        "slot_bytes": 64,
+        "offset": 0,
+        "length": 64,
+        "slots": np.array([0, 1], np.int32),
+        "keys": bytes(32),
+        "out": np.zeros(2, np.uint32),
+    }
+    implementation.crc32c_slots(**arguments)
+    with pytest.raises(error):
+        implementation.crc32c_slots(**(arguments | change))
+
+
+def folding_powers(distance_bits: int) -> tuple[int, int]:
+    """The multipliers of the low and the high half of a lane that is folded ahead by this many bits."""
+
+    def power(exponent: int) -> int:
+        value = 1
+        for _ in range(exponent):
+            value <<= 1
+            value ^= POLYNOMIAL if value >> 32 else 0
+        return int(f"{value:032b}"[::-1], 2) << 1
+
+    return power(distance_bits + 32), power(distance_bits - 32)
+
+
+def test_the_folding_constants_are_the_powers_they_claim_to_be():
+    lanes_bits = 8 * 4096
+    for name, distances in (
+        ("kernels_avx512.c", (512, 1024, 2048, lanes_bits)),
+        ("kernels_sse42.c", (128, 512, lanes_bits)),
+    ):
+        defined = re.findall(
+            r"#define BY_\w+ \w+\((0x[0-9a-f]+), (0x[0-9a-f]+)\)", (SOURCES / name).read_text()
+        )
+        assert [(int(low, 16), int(high, 16)) for high, low in defined] == [
+            folding_powers(bits) for bits in distances
+        ]
