@@ -43,7 +43,7 @@ def open_engine(name: str, files: Sequence[int], depth: int = 64, regions: Seque
         raise ConfigError(f"io_engine: {name!r} is unknown; allowed: {', '.join(ENGINES)}")
     if not 1 <= depth <= DEPTH_MAX:
         raise ConfigError(f"io_queue_depth: {depth} is out of range; allowed: 1 .. {DEPTH_MAX}")
-    reason = "asked for"
+    reason = "as configured"
     if name != "threads":
         try:
             engine = UringEngine(files, depth, regions)
@@ -55,5 +55,5 @@ def open_engine(name: str, files: Sequence[int], depth: int = 64, regions: Seque
             registered = "registered" if engine.is_registered else "unregistered"
             logger.info("I/O engine: io_uring, depth %d, %s buffers", depth, registered)
             return engine
-    logger.info("I/O engine: threads, %s", reason)
+    logger.info("I/O engine: threads; %s", reason)
     return ThreadEngine(files, depth)
