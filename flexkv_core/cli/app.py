@@ -64,6 +64,20 @@ def bench(
         write_json(json_file, results)
 
 
+@app.command()
+def fsck(
+    directory: Annotated[Path, typer.Argument(help="A directory of ssd_dirs, or a folder in it.")],
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Remove what is wrong; the directory must not be in use.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a tier.")] = False,
+) -> None:
+    """Check the SSD tier in DIRECTORY: every recorded block against its checksum. Changes nothing without --repair."""
+    from flexkv_core.cli.fsck import run_fsck
+
+    raise typer.Exit(run_fsck(directory, repair, as_json))
+
+
 def _settings_table(settings: list[Setting]) -> Table:
     table = Table("key", "value", "from", "meaning", title="FlexKV's configuration")
     for setting in settings:

@@ -100,7 +100,8 @@ class BlockReader(ABC):
 
     @abstractmethod
     def fileno(self) -> int:
-        """Readable when :meth:`finished` has something to do."""
+        """Readable when an operation has ended. Not so for a block that :meth:`begin` refused at once: the next :meth:`finished`
+        reports it."""
 
     @abstractmethod
     def close(self) -> None:

@@ -36,14 +36,16 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 DATABASE_PAGE_BYTES = 1024
-"""The unit of a commit. With 4096 a commit of 256 scattered slots took 21 ms instead of 9, and no load was faster (2025)."""
+"""The unit of a commit. With 4096 a commit of 256 scattered slots took 21 ms instead of 9, and no load was faster (2026)."""
 LOG_PAGES = 4096
 """The write-ahead log is folded into the database beyond this size."""
 BATCH_BLOCKS_MAX = 4096
 """Records that one call may change: bounds the log."""
 
 _ROW_OVERHEAD_BYTES = 72  # of a row within its database page: headers, page number, epoch, checksum
-_FIXED_BYTES = (LOG_PAGES + BATCH_BLOCKS_MAX) * (DATABASE_PAGE_BYTES + 24) + (256 << 10)  # log with one large commit, its index
+_FIXED_BYTES = (LOG_PAGES + BATCH_BLOCKS_MAX) * (DATABASE_PAGE_BYTES + 24) + (
+    256 << 10
+)  # log with one large commit, its index
 _SEED = struct.Struct("<qq")  # page, epoch
 _NO_EPOCH = -1
 _CHECKSUM_WORD = 10  # where the checksums of a record begin, in words of 4 bytes
@@ -55,7 +57,12 @@ Table = npt.NDArray[np.void]
 
 def record_dtype(shard_count: int) -> np.dtype[np.void]:
     """One record. ``generation`` 0: the slot is empty. Keys are two words in memory order, so that they compare quickly."""
-    fields = [("key", "<u8", (2,)), ("parent", "<u8", (2,)), ("generation", "<u8"), ("checksums", "<u4", (shard_count,))]
+    fields = [
+        ("key", "<u8", (2,)),
+        ("parent", "<u8", (2,)),
+        ("generation", "<u8"),
+        ("checksums", "<u4", (shard_count,)),
+    ]
     return np.dtype(fields)
 
 
@@ -66,7 +73,10 @@ def page_records(shard_count: int) -> int:
 
 def catalog_bytes(slot_count: int, shard_count: int) -> int:
     """Bound of the catalogue's files on disk."""
-    pages_a_row = -(-(record_dtype(shard_count).itemsize * page_records(shard_count) + _ROW_OVERHEAD_BYTES) // DATABASE_PAGE_BYTES)
+    pages_a_row = -(
+        -(record_dtype(shard_count).itemsize * page_records(shard_count) + _ROW_OVERHEAD_BYTES)
+        // DATABASE_PAGE_BYTES
+    )
     rows = -(-slot_count // page_records(shard_count))
     return _FIXED_BYTES + int(rows * pages_a_row * DATABASE_PAGE_BYTES * 1.04)  # inner nodes of the tree
 
@@ -86,7 +96,12 @@ class Catalog:
     """
 
     def __init__(
-        self, path: Path, slot_count: int, shard_count: int, table: Table | None = None, read_only: bool = False
+        self,
+        path: Path,
+        slot_count: int,
+        shard_count: int,
+        table: Table | None = None,
+        read_only: bool = False,
     ) -> None:
         self.path = path
         self.table: Table = np.zeros(slot_count, record_dtype(shard_count)) if table is None else table
@@ -169,7 +184,9 @@ class Catalog:
     def _rows(self, pages: Iterable[int]) -> Iterator[tuple[int, int, bytes, int]]:
         size = self._page_records
         for page in map(int, pages):
-            records = self.table[page * size : (page + 1) * size].tobytes().ljust(size * self.table.itemsize, b"\0")
+            records = (
+                self.table[page * size : (page + 1) * size].tobytes().ljust(size * self.table.itemsize, b"\0")
+            )
             yield self._epoch, _checksum(page, self._epoch, records), records, page
 
     @contextlib.contextmanager
@@ -199,18 +216,26 @@ class Catalog:
                 database.close()
                 logger.info("catalogue %s: made anew for %d slots", self.path, len(self.table))
         except (sqlite3.Error, StorageError, struct.error, ValueError, TypeError) as error:
-            logger.warning("catalogue %s cannot be used (%s): its blocks that could be read are kept", self.path, error)
+            logger.warning(
+                "catalogue %s cannot be used (%s): its blocks that could be read are kept", self.path, error
+            )
         return self._create()
 
     def _fits(self, database: sqlite3.Connection) -> bool:
         """Whether the rows are those of this number of slots, and whole."""
         rows, last = database.execute("SELECT count(*), max(page) FROM pages").fetchone()
         slots = database.execute("SELECT value FROM meta WHERE name = 'slots'").fetchone()
-        return bool(slots == (len(self.table),) and rows == self._row_count == last + 1 and not self.bad_pages)
+        return bool(
+            slots == (len(self.table),) and rows == self._row_count == last + 1 and not self.bad_pages
+        )
 
     def _kind(self) -> dict[str, int]:
         """What must agree before rows can be read."""
-        return {"format": FORMAT_VERSION, "record_bytes": self.table.itemsize, "page_records": self._page_records}
+        return {
+            "format": FORMAT_VERSION,
+            "record_bytes": self.table.itemsize,
+            "page_records": self._page_records,
+        }
 
     @property
     def _row_count(self) -> int:
@@ -222,7 +247,9 @@ class Catalog:
         if found := {name: meta.get(name) for name in expected if meta.get(name) != expected[name]}:
             raise StorageError(f"found {found}, expected {expected}")
         self._epoch = int(meta["epoch"])
-        rows = database.execute("SELECT page, checksum, records FROM pages WHERE epoch = ? ORDER BY page", (self._epoch,))
+        rows = database.execute(
+            "SELECT page, checksum, records FROM pages WHERE epoch = ? ORDER BY page", (self._epoch,)
+        )
         while block := rows.fetchmany(_LOAD_ROWS):
             self._take(block)
 
@@ -237,7 +264,9 @@ class Catalog:
         joined = np.frombuffer(b"".join(blobs), np.uint8)
         seeds = np.stack([pages, np.full(len(pages), self._epoch)], axis=1).tobytes()
         found = np.zeros(len(rows), np.uint32)
-        native.crc32c_slots(joined.ctypes.data, size, 0, size, np.arange(len(rows), dtype=np.int64), seeds, found)
+        native.crc32c_slots(
+            joined.ctypes.data, size, 0, size, np.arange(len(rows), dtype=np.int64), seeds, found
+        )
         right &= (found == np.array(column_checksums, np.int64)) & (pages >= 0)
         self.bad_pages += int((~right).sum())
         right &= pages < self._row_count
@@ -246,7 +275,9 @@ class Catalog:
     def _place(self, pages: npt.NDArray[np.int64], records: Table, right: npt.NDArray[np.bool_]) -> None:
         size, first = self._page_records, int(pages[0])
         stop = first + len(pages)
-        if right.all() and stop * size <= len(self.table) and pages[-1] == stop - 1:  # in order: pages are unique
+        if (
+            right.all() and stop * size <= len(self.table) and pages[-1] == stop - 1
+        ):  # in order: pages are unique
             self.table[first * size : stop * size] = records.reshape(-1)
             return
         slots = (pages[right, None] * size + np.arange(size)).reshape(-1)
@@ -264,7 +295,9 @@ class Catalog:
         database.execute(f"PRAGMA page_size = {DATABASE_PAGE_BYTES}")
         database.execute("PRAGMA journal_mode = OFF")
         database.execute("CREATE TABLE meta (name TEXT PRIMARY KEY, value INTEGER)")
-        database.execute("CREATE TABLE pages (page INTEGER PRIMARY KEY, epoch INTEGER, checksum INTEGER, records BLOB)")
+        database.execute(
+            "CREATE TABLE pages (page INTEGER PRIMARY KEY, epoch INTEGER, checksum INTEGER, records BLOB)"
+        )
         self._epoch += 1
         meta = {**self._kind(), "slots": len(self.table), "epoch": self._epoch}
         database.execute("BEGIN")
@@ -295,8 +328,14 @@ class Catalog:
 def records_of(table: Table) -> Records:
     """What a table of records holds."""
     slots = np.flatnonzero(table["generation"]).astype(np.int32)
-    words = table.view(np.uint32).reshape(len(table), -1)[slots]  # rows of numbers copy several times as fast as records
-    keys, parents, checksums = words[:, :4].tobytes(), words[:, 4:8].tobytes(), words[:, _CHECKSUM_WORD:].copy()
+    words = table.view(np.uint32).reshape(len(table), -1)[
+        slots
+    ]  # rows of numbers copy several times as fast as records
+    keys, parents, checksums = (
+        words[:, :4].tobytes(),
+        words[:, 4:8].tobytes(),
+        words[:, _CHECKSUM_WORD:].copy(),
+    )
     return Records(slots, keys, parents, checksums, words[:, 8:_CHECKSUM_WORD].copy().view(np.uint64)[:, 0])
 
 
@@ -309,7 +348,9 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
     # A URI names the mode, so that nothing is made by accident; transactions are begun and ended by hand.
     quoted = str(path).replace("%", "%25").replace("?", "%3f").replace("#", "%23")
     uri_mode = "ro" if mode == "ro" else "rw"
-    database = sqlite3.connect(f"file:{quoted}?mode={uri_mode}", uri=True, isolation_level=None, check_same_thread=False)
+    database = sqlite3.connect(
+        f"file:{quoted}?mode={uri_mode}", uri=True, isolation_level=None, check_same_thread=False
+    )
     if mode == "rw":
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = FULL")
