@@ -49,6 +49,7 @@ def run_fio(file: Path, file_bytes: int, write: bool, block_bytes: int, depth: i
         "registerfiles": 1,
         "norandommap": 1,
         "randrepeat": 0,
+        "scramble_buffers": 0,
         "gtod_reduce": 1,
         "output-format": "json",
     }

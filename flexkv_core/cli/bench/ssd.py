@@ -25,7 +25,8 @@ from flexkv_core.io import IoEngine, IoKind, Region, make_ops, open_engine
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZES = {"256k": 256 * KIB, "1m": MIB, "4m": 4 * MIB}
-DEPTH = 32  # as deep as fio; 64, the default of io_queue_depth, moves no more here
+DEPTH = 64  # of fio too; the default of io_queue_depth
+BATCH = 4 * DEPTH  # blocks of a submission: what a prompt of some thousand tokens has
 KINDS = {"read": IoKind.READ, "write": IoKind.WRITE}
 
 
@@ -163,12 +164,12 @@ def _measure(place: _Place, kind: IoKind, block_bytes: int, scale: Scale) -> Rat
 def _move(
     place: _Place, kind: IoKind, block_bytes: int, offsets: np.ndarray[tuple[int], np.dtype[np.int64]]
 ) -> None:
-    """Batches of twice the depth, the next submitted when as many are left as are under way."""
+    """In batches, two of them submitted at a time."""
     buffers = np.arange(offsets.size) % DEPTH * block_bytes
     ops = make_ops(0, offsets, place.address + buffers, np.arange(offsets.size))
-    for start in range(0, offsets.size, 2 * DEPTH):
-        place.engine.submit(kind, ops[start : start + 2 * DEPTH], block_bytes)
-        _check(place, place.engine.pending - 2 * DEPTH, block_bytes)
+    for start in range(0, offsets.size, BATCH):
+        place.engine.submit(kind, ops[start : start + BATCH], block_bytes)
+        _check(place, place.engine.pending - BATCH, block_bytes)
     _check(place, place.engine.pending, block_bytes)
 
 
