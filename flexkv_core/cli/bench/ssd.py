@@ -155,10 +155,10 @@ def _measure(place: _Place, kind: IoKind, block_bytes: int, scale: Scale) -> Rat
     count = scale.total_bytes // block_bytes
     offsets = rng.integers(0, scale.file_bytes // block_bytes, count) * block_bytes
     gc.collect()
-    start, cpu = time.perf_counter(), time.thread_time()
+    start, cpu = time.perf_counter(), time.process_time()
     _move(place, kind, block_bytes, offsets)
     seconds = time.perf_counter() - start
-    return Rate(scale.total_bytes / seconds, (time.thread_time() - cpu) * 1e6 / count)
+    return Rate(scale.total_bytes / seconds, (time.process_time() - cpu) * 1e6 / count)
 
 
 def _move(

@@ -7,6 +7,7 @@ import os
 import select
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -273,3 +274,26 @@ def test_what_is_told_as_done_is_done(name: str, disk: Disk) -> None:
         good = [tag for tag, result in read.items() if result == BLOCK_BYTES]
         assert 0 < len(good) < len(done)
         np.testing.assert_array_equal(disk.memory[good], content[good])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_is_done_each_operation_completes_once(engine: IoEngine, disk: Disk, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    submitted: Counter[int] = Counter()
+    told: Counter[int] = Counter()
+    batches = [0]
+    for _ in range(60):
+        step = rng.integers(4)
+        if step <= 1:
+            blocks = rng.integers(0, BLOCKS, rng.integers(0, 12))
+            kind = IoKind(int(rng.integers(3)))
+            deadline_s = float(rng.choice([0.0, 0.001, 10.0])) if rng.integers(2) else None
+            batches.append(disk.move(engine, kind, blocks, deadline_s))
+            submitted.update(blocks.tolist())
+        elif step == 2:
+            engine.cancel(int(rng.choice(batches)))
+        else:
+            told.update(engine.wait(int(rng.integers(0, 8)), float(rng.choice([0.0, 0.002]))).tags.tolist())
+        assert engine.pending == submitted.total() - told.total()
+    told.update(engine.wait(engine.pending, PATIENCE_S).tags.tolist())
+    assert told == submitted
