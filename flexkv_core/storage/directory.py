@@ -140,6 +140,8 @@ def open_files(spec: SsdSpec) -> SsdFiles:
             _allocate(folder / DATA_NAME, size.data, undo)
             for folder, size in zip(folders, sizes, strict=True)
         ]
+        for folder, size in zip(folders, sizes, strict=True):  # only now: what is cut off does not come back
+            _shrink(folder / DATA_NAME, size.data)
         if not (all(found) and _belong_together(folders)):
             _begin_anew(spec, folders)
         fds, direct = _open_data(folders)
@@ -234,7 +236,6 @@ def _allocate(path: Path, size: int, undo: contextlib.ExitStack) -> bool:
         before = os.fstat(fd).st_size
         undo.callback(_shrink, path, before)
         try:
-            os.ftruncate(fd, min(before, size))
             os.posix_fallocate(fd, 0, size)
             os.fsync(fd)
         except OSError as error:

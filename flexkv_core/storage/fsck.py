@@ -114,7 +114,13 @@ def _check(
     repair: bool,
 ) -> FsckReport:
     path = folder / CATALOG_NAME
-    catalog = Catalog(path, slots, layout.shard_count, read_only=True)
+    try:
+        catalog = Catalog(path, slots, layout.shard_count, read_only=True)
+    except StorageError:
+        if not repair:
+            raise
+        Catalog(path, slots, layout.shard_count).close()  # made anew with what can be read
+        catalog = Catalog(path, slots, layout.shard_count, read_only=True)
     held = np.flatnonzero(catalog.table["generation"]).astype(np.int32)
     verdicts = _verdicts(SlotChecker(fds, places, layout, catalog.table), held)
     suspects = held[verdicts == 0]
@@ -153,7 +159,8 @@ def _unchanged(suspects: Slots, before: Catalog, now: Catalog) -> Slots:
     """Of blocks that looked wrong on a living folder, those whose record is still the same: the others were being written."""
     now.close()
     same = before.table["generation"][suspects] == now.table["generation"][suspects]
-    return suspects[same]
+    unchanged: Slots = suspects[same]
+    return unchanged
 
 
 def _repair(path: Path, slots: int, layout: KVLayout, suspects: Slots) -> int:

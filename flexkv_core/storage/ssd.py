@@ -271,7 +271,8 @@ class SsdWriter(BlockWriter):
         touched = np.unique(files[ok])
         self._engine.submit(IoKind.SYNC, make_ops(touched, 0, 0, touched), deadline_s=WRITE_DEADLINE_S)
         synced = self._results(len(self._store.files.fds)) == 0
-        return ok & synced[files]
+        durable: npt.NDArray[np.bool_] = ok & synced[files]
+        return durable
 
     def _results(self, tag_count: int) -> npt.NDArray[np.int32]:
         """Results by tag, once everything has ended; what was not submitted counts as failed."""
@@ -329,7 +330,8 @@ def spread(starts: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> npt.
     """``starts[i], starts[i] + 1, …`` of each run, one after the other."""
     ends = np.cumsum(counts)
     total = int(ends[-1]) if len(ends) else 0
-    return np.repeat(starts - (ends - counts), counts) + np.arange(total)
+    spread_out: npt.NDArray[np.int64] = np.repeat(starts - (ends - counts), counts) + np.arange(total)
+    return spread_out
 
 
 _IN_FLIGHT = np.dtype(

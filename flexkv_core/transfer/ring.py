@@ -101,7 +101,7 @@ class Ring:
         """Everything that was sent since the last call; a batch is never torn."""
         count = _read_count(self.handle.filled_fd)
         places = (self._next + np.arange(count)) % self._capacity
-        records = self._records[places]
+        records: Array = self._records[places]
         self._next = (self._next + count) % self._capacity
         if count:
             os.eventfd_write(self.handle.freed_fd, count)

@@ -164,7 +164,7 @@ class ReadBook:
         """Ids for ``commands``."""
         assert len(commands) <= self._free_count, "the supervisor sent more than it may have under way"
         self._free_count -= len(commands)
-        ids = self._free[self._free_count : self._free_count + len(commands)].copy()
+        ids: npt.NDArray[np.int64] = self._free[self._free_count : self._free_count + len(commands)].copy()
         self._rows[ids] = commands
         return ids
 
