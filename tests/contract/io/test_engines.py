@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from flexkv_core.errors import ClosedError
@@ -43,11 +44,11 @@ def _finish(engine: IoEngine) -> dict[int, int]:
     return dict(zip(done.tags.tolist(), done.results.tolist(), strict=True))
 
 
-def _fill(disk: Disk, engine: IoEngine) -> np.ndarray:
+def _fill(disk: Disk, engine: IoEngine) -> npt.NDArray[np.uint8]:
     """Writes all blocks; returns what they hold, and clears the memory."""
     disk.move(engine, IoKind.WRITE, ALL)
     assert _finish(engine) == dict.fromkeys(range(BLOCKS), BLOCK_BYTES)
-    content = disk.memory.copy()
+    content: npt.NDArray[np.uint8] = disk.memory.copy()
     disk.memory[:] = 0
     return content
 
@@ -83,7 +84,7 @@ def test_waits_for_nothing_when_nothing_is_pending(engine: IoEngine) -> None:
     start = time.monotonic()
     done = engine.wait(5)
     assert time.monotonic() - start < 1
-    assert (done.tags.dtype, done.results.dtype, len(done.tags)) == (np.int64, np.int32, 0)
+    assert (str(done.tags.dtype), str(done.results.dtype), len(done.tags)) == ("int64", "int32", 0)
 
 
 def test_syncs(engine: IoEngine, disk: Disk) -> None:
@@ -248,7 +249,12 @@ def test_a_batch_is_cancelled_and_no_other(make_hanging: Make, disk: Disk) -> No
 def test_a_signal_is_handled_while_waiting(name: str, disk: Disk) -> None:
     hang = Hang(HANGING[name], disk, deadline_s=None)
     seen: list[int] = []
-    before = signal.signal(signal.SIGALRM, lambda number, frame: (seen.append(number), hang.release()))
+
+    def alarm(number: int, frame: object) -> None:
+        seen.append(number)
+        hang.release()
+
+    before = signal.signal(signal.SIGALRM, alarm)
     signal.setitimer(signal.ITIMER_REAL, 0.05)
     try:
         assert len(hang.engine.wait(10, PATIENCE_S).tags) == 10

@@ -37,7 +37,8 @@ class Stage:
         """The value of each unit of a block; all bytes of a unit are the same."""
         units = self.disk.content()[block].reshape(-1, unit_bytes)
         assert (units == units[:, :1]).all()
-        return units[:, 0]
+        first: npt.NDArray[np.uint8] = units[:, 0]
+        return first
 
 
 @pytest.fixture
