@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
@@ -25,8 +27,8 @@ def test_engine_equals_model(factory: type[PyRunIndex]) -> None:
 
 
 class _GetsDoNotPin(GlobalCacheEngine):
-    def plan_get(self, keys: bytes, start_block: int = 0) -> GetPlan:
-        plan = super().plan_get(keys, start_block)
+    def plan_get(self, keys: bytes, start_block: int = 0, fetch: bool = True) -> GetPlan:
+        plan = super().plan_get(keys, start_block, fetch)
         self.finish_get(plan)
         return plan
 
@@ -34,7 +36,7 @@ class _GetsDoNotPin(GlobalCacheEngine):
 class _PutsDoNotProtectTheirPrefix(GlobalCacheEngine):
     def _branch_at(self, run: int, at: int) -> int:
         run = super()._branch_at(run, at)
-        self._release(run)
+        self.residency.release(run)
         return run
 
     def _unpin_branch(self, run: int) -> None:
@@ -53,9 +55,9 @@ class _PartialCommitKeepsAll(GlobalCacheEngine):
 
 
 class _ParkedForEver(GlobalCacheEngine):
-    def _release(self, run: int) -> None:
-        self.index.release(run)
-        self._collect()
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.residency._unpark = lambda run: None  # type: ignore[method-assign]
 
 
 class _MatchesWhatIsBeingWritten(PyRunIndex):
@@ -80,8 +82,7 @@ class _AncestorsOfLeasesGo(PyRunIndex):
     def _leave(self, run: Run) -> None:
         super()._leave(run)
         if run.parent is not None and not run.parent.detached:
-            run.parent.children.pop(run, None)
-            run.parent = None
+            run.unlink()
 
 
 @pytest.mark.parametrize(
