@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from flexkv_core.cache.plans import GetPlan, PutPlan
+from flexkv_core.storage.base import Statuses
+from flexkv_core.transfer.plan import OpStatus
 from flexkv_core.types import BlockIds, Direction, Slots, TokenIds
 
 
@@ -57,6 +59,9 @@ class Task:
     slots: Slots
     tokens: int
     on_done: Callable[[TaskDone], None] | None = None
+    read_statuses: Statuses | None = None  # uint32 [reads of the plan], once all have ended
+    copied: bool = False  # the copy has ended, or there is none
+    copy_status: OpStatus = OpStatus.DONE
     launched: bool = False
     status: KVResponseStatus = KVResponseStatus.UNREADY
     cancelled: bool = False
