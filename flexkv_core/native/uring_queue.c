@@ -319,12 +319,12 @@ void fk_io_cancel(fk_io *io, int64_t batch) {
     signal_event(io);
 }
 
-/* How many completions to sleep for: all that are wanted, but few enough that the ring is refilled before it runs dry. */
+/* How many completions to sleep for: all that are wanted; but one while something is queued, which is to take its place at once. (Eight of
+ * 64 under way cost a quarter of the bandwidth of 256 KiB reads on a virtio disk and spared no processor time, November 2025: a thread
+ * that sleeps is woken for each completion in any case.) */
 static unsigned sleep_count(const fk_io *io, size_t min_count) {
-    size_t wanted = min_count - io->done_count;
-    size_t refill = io->queued ? (io->depth + 7) / 8 : io->depth;
-    size_t most = io->active_count < refill ? io->active_count : refill;
-    return (unsigned)(wanted < most ? wanted : most);
+    size_t wanted = io->queued ? 1 : min_count - io->done_count;
+    return (unsigned)(wanted < io->active_count ? wanted : io->active_count);
 }
 
 int fk_io_wait(fk_io *io, size_t min_count, int64_t end_ns) {
