@@ -6,7 +6,7 @@ cannot be kept is dropped, and both are counted.
 
 A get is ``get_match`` (find and pin), ``launch`` (copy), ``wait``; a put is ``put_match`` (reserve), ``launch``, ``wait``. A match that
 is not wanted must be given back with ``cancel``. The methods that take ``keys`` instead of tokens serve adapters, which know the keys of
-a request already; their tasks report to ``on_done`` and are never waited for.
+a request already; their tasks report to ``on_done``, on any thread and under the manager's lock, and are never waited for.
 """
 
 from __future__ import annotations
