@@ -320,7 +320,7 @@ void fk_io_cancel(fk_io *io, int64_t batch) {
 }
 
 /* How many completions to sleep for: all that are wanted; but one while something is queued, which is to take its place at once. (Eight of
- * 64 under way cost a quarter of the bandwidth of 256 KiB reads on a virtio disk and spared no processor time, November 2025: a thread
+ * 64 under way cost a quarter of the bandwidth of 256 KiB reads on a virtio disk and spared no processor time, November 2026: a thread
  * that sleeps is woken for each completion in any case.) */
 static unsigned sleep_count(const fk_io *io, size_t min_count) {
     size_t wanted = io->queued ? 1 : min_count - io->done_count;
