@@ -24,7 +24,7 @@ def run_fsck(directory: Path, repair: bool, as_json: bool) -> int:
             else:
                 console.print(_as_text(report), markup=False, highlight=False)
     except StorageError as error:
-        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False)
+        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
     return 0 if clean else 1
 

@@ -69,6 +69,7 @@ class _Pending:
     left: npt.NDArray[np.bool_]
     left_count: int
     host_slots: Slots
+    is_own: bool = False  # the supervisor's: nobody else waits for it
 
 
 class StorageProcess:
@@ -279,7 +280,14 @@ class StorageProcess:
                 self._forget_pending(op)
             if pending.kind is CommandKind.CLEAR and statuses[0] == BlockStatus.OK:
                 self._clear_owed = False
-        self._on_progress(Progress(op, pending.kind, indexes, statuses, finished))
+        if pending.is_own:
+            return
+        try:
+            self._on_progress(Progress(op, pending.kind, indexes, statuses, finished))
+        except (
+            Exception
+        ):  # the thread's edge: a fault of the manager's must not leave other batches without an end
+            logger.exception("storage process: a report was not taken")
 
     def _drop_pending(self) -> None:
         with self._lock:
@@ -323,7 +331,7 @@ class StorageProcess:
             if self._clear_owed:
                 # Asked again under a number of its own; the one that asked first has been told that it was dropped.
                 op = max(self._pending, default=0) + (1 << 62)
-                self._pending[op] = _Pending(CommandKind.CLEAR, np.ones(1, np.bool_), 1, _ONE)
+                self._pending[op] = _Pending(CommandKind.CLEAR, np.ones(1, np.bool_), 1, _ONE, is_own=True)
                 self._records_under_way += 1
                 link.commands.push(_commands(CommandKind.CLEAR, op, _ONE, _ONE))
             if self._closing:

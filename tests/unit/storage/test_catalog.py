@@ -53,10 +53,10 @@ def test_what_was_put_is_there_again(tmp_path: Path) -> None:
 @given(st.data())
 def test_equals_a_dictionary(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     path, count = tmp_path_factory.mktemp("catalog") / "c", 3 * page_records(SHARDS) + 1
-    catalog, model, seed = Catalog(path, count, SHARDS), dict[int, bytes](), 0
+    catalog, model = Catalog(path, count, SHARDS), dict[int, bytes]()
     slot_lists = st.lists(st.integers(0, count - 1), min_size=1, max_size=12, unique=True)
-    for action in data.draw(st.lists(st.sampled_from(["put", "remove", "clear", "reopen"]), max_size=12)):
-        seed += 1
+    actions = data.draw(st.lists(st.sampled_from(["put", "remove", "clear", "reopen"]), max_size=12))
+    for seed, action in enumerate(actions):
         if action == "put":
             batch = put(catalog, data.draw(slot_lists), seed)
             model.update(zip(batch.slots.tolist(), (key.tobytes() for key in batch.keys), strict=True))
