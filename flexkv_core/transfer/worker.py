@@ -298,7 +298,7 @@ def main() -> None:
         _say(spec.status_fd, {"error": type(error).__name__, "message": str(error)})
         sys.exit(1)
     signal.signal(signal.SIGTERM, lambda *_: worker.stop(time.monotonic() + STOP_S))
-    _say(spec.status_fd, {"ready": len(store.catalog.records()), "bad_pages": store.catalog.bad_pages})
+    _say(spec.status_fd, {"ready": True})
     worker.run()
     if scrubber is not None:
         scrubber.close()
