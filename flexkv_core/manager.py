@@ -430,7 +430,6 @@ class KVManager:
             self._make_room()
         if task.block_count and len(self._tasks) >= TASKS_MAX:
             self._end(task, KVResponseStatus.FAILED)
-            task.slots = task.slots[:0]
         elif not task.block_count:
             self._end(task, KVResponseStatus.SUCCESS)
         if task.on_done is None or task.block_count:
@@ -521,12 +520,13 @@ class KVManager:
             statuses = task.read_statuses
             read_ok = None if statuses is None or not len(statuses) else statuses == BlockStatus.OK
             self._cache.finish_get(task.plan, read_ok)
-        elif arrived:
+        elif arrived and task.plan is not None:
             self._cache.commit_put(task.plan, arrived)
             if self._ssd is not None:
                 self._ssd.write_behind()
-        else:
+        elif task.plan is not None:
             self._cache.abort_put(task.plan)
+        task.forget_plan()
 
     def _count(self, task: Task, result: OpResult) -> None:
         counters, blocks = self._counters, int(result.ok.sum())

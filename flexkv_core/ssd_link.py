@@ -99,11 +99,9 @@ class SsdLink:
         """
         started = time.monotonic()
         records = self._process.start()
-        order = np.argsort(records.generations, kind="stable")
-        keys = np.frombuffer(records.keys, "V16")[order].tobytes()
-        parents = np.frombuffer(records.parents, "V16")[order].tobytes()
+        ages = records.generations.astype(np.int64)
         with self._lock:
-            orphans = self._cache.load(records.slots[order], keys, parents)
+            orphans = self._cache.load(records.slots, records.keys, records.parents, ages)
             if len(orphans):
                 self._process.forget(orphans)
         loaded = len(records) - len(orphans)
@@ -165,15 +163,12 @@ class SsdLink:
             return
         del self._reads[progress.op]
         self.read_blocks += int((read.statuses == BlockStatus.OK).sum())
-        bad = np.isin(read.statuses, (BlockStatus.CORRUPT, BlockStatus.IO_ERROR))
-        for place, ssd_slot in zip(
-            read.plan.reads.index[bad], read.plan.reads.ssd_slots[bad], strict=True
-        ):  # rare: a loop
-            corrupt = read.statuses[read.plan.reads.ssd_slots == ssd_slot][0] == BlockStatus.CORRUPT
-            self.corrupt_blocks += int(corrupt)
-            self._cache.invalidate(read.plan, read.plan.start_block + int(place), Tier.SSD)
-            if corrupt:
-                self._cache.quarantine(Tier.SSD, int(ssd_slot))
+        for place, status in zip(read.plan.reads.index, read.statuses, strict=True):
+            if status in (BlockStatus.CORRUPT, BlockStatus.IO_ERROR):
+                corrupt = bool(status == BlockStatus.CORRUPT)
+                self.corrupt_blocks += corrupt
+                block = read.plan.start_block + int(place)
+                self._cache.invalidate(read.plan, block, Tier.SSD, quarantine=corrupt)
         self._on_read(progress.op, read.statuses)
 
     def _take_writes(self, progress: Progress) -> None:
@@ -191,8 +186,6 @@ class SsdLink:
             self._process.forget(slots)
 
     def _on_corrupt(self, slots: Slots) -> None:
-        """The scrubber found these."""
+        """The scrubber found these: the storage process refuses them from now on, and the next get drops them."""
         with self._lock:
             self.corrupt_blocks += len(slots)
-            for slot in slots:
-                self._cache.quarantine(Tier.SSD, int(slot))

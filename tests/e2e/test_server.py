@@ -30,8 +30,10 @@ EXTERNAL_HITS = "vllm:external_prefix_cache_hits_total"
 SEGMENT_NAME = "flexkv-host-tier"
 
 
-def _server(model: Path, folder: Path, *arguments: str) -> VllmServer:
-    return VllmServer(model, [*CPU_ARGUMENTS, *arguments], ENVIRONMENT, folder / "server.log")
+def _server(model: Path, folder: Path, *arguments: str, **environment: str) -> VllmServer:
+    return VllmServer(
+        model, [*CPU_ARGUMENTS, *arguments], {**ENVIRONMENT, **environment}, folder / "server.log"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -157,16 +159,17 @@ def test_bad_configuration_ends_the_start(llama: Path, tmp_path: Path) -> None:
         '{"kv_connector":"FlexKVConnector","kv_role":"kv_both","kv_connector_extra_config":{"host_bites":1}}'
     )
     server = _server(llama, tmp_path, "--kv-transfer-config", config)
-    with pytest.raises(ServerError), server:
+    with pytest.raises(ServerError, match=r"host_bites.*did you mean host_bytes"), server:
         pass
-    assert "host_bites" in server.log_text()
-    assert "did you mean host_bytes" in server.log_text()
     assert not server.group_alive
 
 
 def test_tensor_parallel_and_sigkill(llama: Path, tmp_path: Path) -> None:
     """Both ranks write their shard of each slot. Killed outright, the server leaves no host memory behind."""
-    with _server(llama, tmp_path, *ONE_LINE, "--tensor-parallel-size", "2") as server:
+    cpus = sorted(os.sched_getaffinity(0))
+    binding = f"{cpus[0]}|{cpus[-1]}"  # vLLM would ask for a NUMA node a rank
+    ranks = ("--tensor-parallel-size", "2")
+    with _server(llama, tmp_path, *ONE_LINE, *ranks, VLLM_CPU_OMP_THREADS_BIND=binding) as server:
         with VllmClient(server.base_url) as client:
             _assert_equal_hits(*_hits(client, prompt_tokens(1400, 1500)))
         segments = _segments_of_group(server.pid)

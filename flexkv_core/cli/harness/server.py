@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -37,6 +38,10 @@ CPU_ARGUMENTS: Sequence[str] = (
 _POLL_S = 0.2
 _GRACE_S = 30.0
 """vLLM's own shutdown takes up to 15 s on a loaded machine; only after this long is the group killed."""
+
+_LOG_PREFIX = re.compile(r"^\(\w+ pid=\d+\) (?:[A-Z]+ \S+ \S+ \[[\w.]+:\d+\] )?", re.MULTILINE)
+_ERROR = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception): .+(?:\n  \S.*)*", re.MULTILINE)
+"""The last line of a traceback and the lines of a longer message that follow it."""
 
 
 class ServerError(RuntimeError):
@@ -162,8 +167,7 @@ class VllmServer:
             while time.monotonic() < deadline:
                 if self._process.poll() is not None:
                     raise ServerError(
-                        f"vllm serve ended with status {self._process.returncode} before it served; "
-                        f"the end of {self.log_path}:\n{self.log_tail()}"
+                        f"vllm serve ended with status {self._process.returncode} before it served\n{self._words()}"
                     )
                 try:
                     if client.get("/health").status_code == 200:
@@ -171,9 +175,12 @@ class VllmServer:
                 except httpx.TransportError:
                     pass
                 time.sleep(_POLL_S)
-        raise ServerError(
-            f"vllm serve did not answer within {self._deadline_s:.0f} s; the end of {self.log_path}:\n{self.log_tail()}"
-        )
+        raise ServerError(f"vllm serve did not answer within {self._deadline_s:.0f} s\n{self._words()}")
+
+    def _words(self) -> str:
+        """The errors in the log, whose cause vLLM prints long before its end, and the end of it."""
+        errors = dict.fromkeys(_ERROR.findall(_LOG_PREFIX.sub("", self.log_text())))
+        return "\n".join(["errors in the log:", *errors, f"the end of {self.log_path}:", self.log_tail()])
 
 
 def _die_with_parent() -> list[str]:

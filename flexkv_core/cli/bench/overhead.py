@@ -1,0 +1,83 @@
+"""What FlexKV costs a request that misses: two real vLLM servers, with and without it, asked the same new prompts in turns.
+
+Both run SmolLM2-135M-Instruct in bfloat16 on the CPU. One idles while the other answers; which one goes first alternates from pair to
+pair, so that drift of a shared machine falls on both. The prompts are random and share nothing, so the engine with FlexKV hashes
+them, looks them up, finds nothing, and stores them.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from flexkv_core.cli.harness.checkpoint import ensure_demo_model
+from flexkv_core.cli.harness.client import VllmClient
+from flexkv_core.cli.harness.server import CPU_ARGUMENTS, CPU_ENVIRONMENT, KV_TRANSFER_CONFIG, VllmServer
+
+PAIRS = 40
+QUICK_PAIRS = 4
+PROMPT_TOKENS = 1100
+_WARM_UP_PAIRS = 3
+_SEED = 20_240
+_TOKEN_IDS = range(100, 40_000)  # ordinary text of the demo's tokenizer, no control tokens
+_PAUSE_S = 0.3
+"""Between requests: OpenMP's threads of the engine that answered spin for 0.2 s before they leave the cores to the other."""
+_RESAMPLES = 2000
+
+
+def run(quick: bool = False) -> dict[str, float]:
+    """Starts both servers (about a minute) and measures ``PAIRS`` pairs after a warm-up.
+
+    Returns ``ttft_miss_ratio`` (median of the pairs' ratios with / without, which one slow request cannot move), the ends of its 95 %
+    bootstrap interval, the ratio of the medians, both medians in ms, and what was asked. Raises ServerError when a server does not
+    start.
+    """
+    with_ms, without_ms = _measure(QUICK_PAIRS if quick else PAIRS)
+    ratios = [a / b for a, b in zip(with_ms, without_ms, strict=True)]
+    low, high = _interval(ratios)
+    return {
+        "ttft_miss_ratio": statistics.median(ratios),
+        "ttft_miss_ratio_low": low,
+        "ttft_miss_ratio_high": high,
+        "ttft_miss_ratio_of_medians": statistics.median(with_ms) / statistics.median(without_ms),
+        "ttft_with_ms": statistics.median(with_ms),
+        "ttft_without_ms": statistics.median(without_ms),
+        "pairs": len(ratios),
+        "prompt_tokens": PROMPT_TOKENS,
+    }
+
+
+def _measure(pairs: int) -> tuple[list[float], list[float]]:
+    """Times to first token in ms, with FlexKV and without, of the same prompts."""
+    model = ensure_demo_model()
+    arguments = [*CPU_ARGUMENTS, "--dtype", "bfloat16"]  # the last --dtype counts
+    rng = random.Random(_SEED)
+    times_ms: tuple[list[float], list[float]] = ([], [])
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flexkv-overhead-")))
+        clients = []
+        for name, more in (("with", ["--kv-transfer-config", KV_TRANSFER_CONFIG]), ("without", [])):
+            server = VllmServer(model, [*arguments, *more], CPU_ENVIRONMENT, folder / f"{name}.log")
+            stack.enter_context(server)
+            clients.append(stack.enter_context(VllmClient(server.base_url)))
+        for pair in range(-_WARM_UP_PAIRS, pairs):
+            prompt = rng.choices(_TOKEN_IDS, k=PROMPT_TOKENS)
+            for side in (0, 1) if pair % 2 else (1, 0):
+                time.sleep(_PAUSE_S)
+                answer = clients[side].complete(prompt, tokens_max=1)
+                assert answer.cached_tokens == 0, "a new prompt was found in a cache"
+                if pair >= 0:
+                    times_ms[side].append(answer.ttft_ms)
+    return times_ms
+
+
+def _interval(values: Sequence[float]) -> tuple[float, float]:
+    """A 95 % bootstrap interval of the median."""
+    rng = random.Random(_SEED)
+    medians = sorted(statistics.median(rng.choices(values, k=len(values))) for _ in range(_RESAMPLES))
+    return medians[int(0.025 * _RESAMPLES)], medians[int(0.975 * _RESAMPLES)]
