@@ -352,7 +352,7 @@ class PyRunIndex:
         left = int(places[-want - 1]) + 1 if len(places) > want else 0
         if len(held):
             self._freed[tier].append(slots[held])
-            slots[held] = NOT_THERE
+        slots[left:] = NOT_THERE
         r.set_tier(tier, slots.tobytes() if left else None)
         gone, above = self._cut_holes(r, left)
         return len(held), left, gone, above if gone or left else r.number
