@@ -319,9 +319,8 @@ void fk_io_cancel(fk_io *io, int64_t batch) {
     signal_event(io);
 }
 
-/* How many completions to sleep for: all that are wanted; but one while something is queued, which is to take its place at once. (Eight of
- * 64 under way cost a quarter of the bandwidth of 256 KiB reads on a virtio disk and spared no processor time, November 2026: a thread
- * that sleeps is woken for each completion in any case.) */
+/* How many completions to sleep for: all that are wanted; but one while something is queued, so that it starts at once. (To wait for
+ * more before refilling spared no processor time: a thread that sleeps here is woken for each completion in any case.) */
 static unsigned sleep_count(const fk_io *io, size_t min_count) {
     size_t wanted = io->queued ? 1 : min_count - io->done_count;
     return (unsigned)(wanted < io->active_count ? wanted : io->active_count);
