@@ -10,18 +10,36 @@ import ctypes
 import os
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flexkv_core.io.base import IoKind
 
 
 @dataclass
 class _Write:
+    number: int
     file: int
     offset: int
     before: bytes
     after: bytes
     is_told: bool = False  # the caller knows that it finished
+
+    def outside(self, start: int, stop: int) -> list[_Write]:
+        """What of it lies before byte ``start`` of the file or from ``stop`` on."""
+        end = self.offset + len(self.after)
+        return [
+            replace(
+                self,
+                offset=first,
+                before=self._bytes(self.before, first, last),
+                after=self._bytes(self.after, first, last),
+            )
+            for first, last in ((self.offset, min(end, start)), (max(self.offset, stop), end))
+            if first < last
+        ]
+
+    def _bytes(self, content: bytes, first: int, last: int) -> bytes:
+        return content[first - self.offset : last - self.offset]
 
 
 class PowerLossLog:
@@ -33,32 +51,43 @@ class PowerLossLog:
     def __init__(self, files: Sequence[int]) -> None:
         # Descriptors of its own, through the page cache: they take any address.
         self._files = [os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC) for fd in files]
-        self._writes: dict[int, _Write] = {}  # in the order of submission, by number
+        self._writes: list[_Write] = []  # in the order of submission
         self._syncs: dict[int, list[int]] = {}
 
     @property
     def volatile_bytes(self) -> int:
         """What a power loss may take."""
-        return sum(len(write.after) for write in self._writes.values())
+        return sum(len(write.after) for write in self._writes)
 
     def started(self, number: int, kind: IoKind, file: int, offset: int, address: int, length: int) -> None:
         """Before operation ``number`` begins; numbers are never used twice. What it will move is read now."""
         if kind is IoKind.WRITE:
             before = os.pread(self._files[file], length, offset).ljust(length, b"\0")
-            self._writes[number] = _Write(file, offset, before, ctypes.string_at(address, length))
+            self._writes.append(_Write(number, file, offset, before, ctypes.string_at(address, length)))
         elif kind is IoKind.SYNC:
-            written = [key for key, write in self._writes.items() if write.file == file and write.is_told]
-            self._syncs[number] = written
+            self._syncs[number] = [
+                write.number for write in self._writes if write.file == file and write.is_told
+            ]
 
     def told(self, number: int) -> None:
         """The caller has been told that write ``number`` finished: the next sync covers it."""
-        if write := self._writes.get(number):
-            write.is_told = True
+        for write in self._writes:
+            write.is_told |= write.number == number
 
     def synced(self, number: int) -> None:
         """Sync ``number`` succeeded."""
-        for key in self._syncs.pop(number, ()):
-            self._writes.pop(key, None)
+        for covered in self._syncs.pop(number, ()):
+            while (at := next((i for i, w in enumerate(self._writes) if w.number == covered), -1)) >= 0:
+                self._forget_up_to(at)
+
+    def _forget_up_to(self, at: int) -> None:
+        """Neither the write at position ``at`` nor an earlier one to its place, which may have failed, can change what is there now."""
+        durable = self._writes[at]
+        stop = durable.offset + len(durable.after)
+        earlier: list[_Write] = []
+        for write in self._writes[: at + 1]:
+            earlier += write.outside(durable.offset, stop) if write.file == durable.file else [write]
+        self._writes[: at + 1] = earlier
 
     def cut(self, unit_bytes: int, rng: random.Random | None = None) -> int:
         """Change the files into what a power loss now would leave. Nobody may be writing.
@@ -71,7 +100,7 @@ class PowerLossLog:
             Units that lost their latest bytes.
         """
         versions: dict[tuple[int, int], list[bytes]] = {}
-        for write in self._writes.values():
+        for write in self._writes:
             for start in range(0, len(write.after), unit_bytes):
                 unit = versions.setdefault(
                     (write.file, write.offset + start), [write.before[start : start + unit_bytes]]

@@ -216,7 +216,8 @@ def test_power_loss(tmp_path: Path, host: Host, unit: int) -> None:
     durable: dict[int, int] = {}
     for turn in range(4):
         logs: list[PowerLossLog] = []
-        store = faulty(spec, host, FaultPlan({Fault.SHORT: 0.2}, reorder=True, seed=turn), logs)
+        rates = {Fault.SHORT: 0.2, Fault.IO_ERROR: 0.05}
+        store = faulty(spec, host, FaultPlan(rates, reorder=True, seed=turn), logs)
         for part in range(4):
             slots = np.random.default_rng(rng.randrange(1 << 30)).permutation(100)[:40]
             blocks = np.arange(40) + 1 + 40 * (part + 4 * turn)

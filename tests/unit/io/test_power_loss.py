@@ -79,6 +79,19 @@ def test_what_was_not_synced_is_torn(stage: Stage, unit_bytes: int) -> None:
     assert {int(value) for block in range(8, 16) for value in stage.units(block, unit_bytes)} == {1, 2}
 
 
+def test_a_failed_write_does_not_undo_a_later_one(stage: Stage) -> None:
+    """What failed was never told and is in no sync; a later write to its place is."""
+    stage.write([0, 1, 2], 1)
+    stage.sync()
+    stage.disk.memory[0:3] = 2
+    stage.log.started(1000, IoKind.WRITE, 0, 0, stage.disk.memory.ctypes.data, 3 * BLOCK_BYTES)  # and fails
+    stage.write([1], 3)
+    stage.sync()
+    assert stage.log.volatile_bytes == 2 * BLOCK_BYTES
+    stage.log.cut(4096)
+    assert [int(stage.units(block, 4096)[0]) for block in range(3)] == [1, 3, 1]
+
+
 def test_a_sync_does_not_cover_what_nobody_was_told_of(stage: Stage) -> None:
     stage.write([0], 1, fetch=False)
     stage.sync()
