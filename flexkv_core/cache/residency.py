@@ -133,7 +133,9 @@ class Residency:
     def evict(self, want: int, tier: Tier) -> int:
         """Let go of up to ``want`` slots of a tier; returns how many."""
         policy = self.policies[tier]
-        victim, evict = policy.victim, self.index.evict
+        victim, remove, evict = policy.victim, policy.remove, self.index.evict
+        left_tree: list[int] = []
+        left_tier: list[int] = []
         freed = 0
         while freed < want:
             run = victim()
@@ -145,13 +147,16 @@ class Residency:
                 continue
             freed += count
             if left == 0:
-                policy.remove(run)
-                if tier == Tier.HOST:
-                    self.queue.discard(run)
-            if gone:
-                self._forget(gone)
+                remove(run)
+                left_tier.append(run)
+            left_tree += gone
             if above >= 0:
                 self._unpark(above)
+        if len(self.pools) > 1:  # nothing below a victim is in its tier, so the other orders can wait until now
+            self._forget(left_tree)
+            if tier == Tier.HOST:
+                for run in left_tier:
+                    self.queue.discard(run)
         self.collect()
         return freed
 
@@ -196,10 +201,12 @@ class Residency:
                 policy.add(run)
 
     def _forget(self, runs: Iterable[int]) -> None:
+        for policy in self.policies.values():
+            remove = policy.remove
+            for run in runs:
+                remove(run)
         for run in runs:
             self.queue.discard(run)
-            for policy in self.policies.values():
-                policy.remove(run)
 
     def _unpark(self, run: int) -> None:
         if run < 0:
