@@ -14,6 +14,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -167,18 +168,23 @@ class TransferEngine:
     def _store(self, item: _Queued) -> None:
         """Copy piece by piece, letting loads in between."""
         op, started = item.op, time.monotonic()
+        for start in range(0, len(op.slots), self._piece_blocks):
+            piece = op.part(np.arange(start, min(start + self._piece_blocks, len(op.slots))))
+            if not self._attempt(op, partial(self._copier.gather, piece, item.after)):
+                return
+            self._let_loads_in()
+        ok = np.ones(len(op.slots), np.bool_)
+        self._report(OpResult(op.op_id, OpStatus.DONE, ok, time.monotonic() - started))
+
+    def _attempt(self, op: TransferOp, copy: Callable[[], None]) -> bool:
+        """Run a copy; when the device raises, report the whole op as failed and return False."""
         try:
-            for start in range(0, len(op.slots), self._piece_blocks):
-                stop = min(start + self._piece_blocks, len(op.slots))
-                self._copier.gather(op.part(np.arange(start, stop)), item.after)
-                self._let_loads_in()
+            copy()
         except Exception:  # the thread's edge: whatever a device raises is a miss, and the thread lives on
-            logger.exception("store of %d blocks failed", len(op.slots))
+            logger.exception("%s of %d blocks failed", op.direction.value, len(op.slots))
             self._report(_failed(op, OpStatus.FAILED))
-            return
-        self._report(
-            OpResult(op.op_id, OpStatus.DONE, np.ones(len(op.slots), np.bool_), time.monotonic() - started)
-        )
+            return False
+        return True
 
     def _let_loads_in(self) -> None:
         while True:
@@ -194,11 +200,11 @@ class TransferEngine:
         op, started = load.item.op, time.monotonic()
         if len(indices):
             part = op if len(indices) == len(op.slots) else op.part(indices)
-            try:
+
+            def copy() -> None:
                 load.ok[indices] = self._copier.scatter(part, load.item.after, self._verify)
-            except Exception:  # the thread's edge, as above
-                logger.exception("load of %d blocks failed", len(op.slots))
-                self._report(_failed(op, OpStatus.FAILED))
+
+            if not self._attempt(op, copy):
                 return False
         load.seconds += time.monotonic() - started
         if not len(load.pending):
