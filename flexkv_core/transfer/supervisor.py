@@ -44,6 +44,8 @@ RESTART_WINDOW_S = 60.0
 BACKOFF_S = 0.1  # before the first start anew, then doubled
 KILL_AFTER_S = 2.0  # beyond a stop's deadline
 
+# Not `-m`, which runs the module a second time: importing the package has imported it.
+_RUN_WORKER = "from flexkv_core.transfer.worker import main; main()"
 _PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 _ERRORS: dict[str, type[FlexKVError]] = {"ConfigError": ConfigError, "CapacityError": CapacityError}
 
@@ -369,9 +371,9 @@ class _Link:
         fds = (host.handle.fd, table_fd, status_fd, *self.commands.handle.fds, *self.completions.handle.fds)
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "flexkv_core.transfer.worker", worker.to_json()],
+                [sys.executable, "-c", _RUN_WORKER, worker.to_json()],
                 pass_fds=fds,
-                cwd=_PACKAGE_ROOT,  # where `-m` finds the package, installed or not
+                cwd=_PACKAGE_ROOT,  # where the package is found, installed or not
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 start_new_session=True,  # a Ctrl-C at the engine's terminal is the manager's to act on

@@ -8,6 +8,7 @@ The process ends when it is told to, when it gets SIGTERM, or when the manager's
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import mmap
@@ -332,9 +333,6 @@ def attach_table(fd: int, slots: int, shard_count: int) -> Array:
 
 
 def _say(fd: int, content: dict[str, Any]) -> None:
-    os.write(fd, json.dumps(content).encode() + b"\n")
+    with contextlib.suppress(BrokenPipeError):  # the manager has ended meanwhile, and so will this process
+        os.write(fd, json.dumps(content).encode() + b"\n")
     os.close(fd)
-
-
-if __name__ == "__main__":
-    main()
