@@ -152,7 +152,9 @@ class Residency:
             left_tree += gone
             if above >= 0:
                 self._unpark(above)
-        if len(self.pools) > 1:  # nothing below a victim is in its tier, so the other orders can wait until now
+        if (
+            len(self.pools) > 1
+        ):  # nothing below a victim is in its tier, so the other orders can wait until now
             self._forget(left_tree)
             if tier == Tier.HOST:
                 for run in left_tier:

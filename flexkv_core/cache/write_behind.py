@@ -154,12 +154,21 @@ class WriteBehind:
             begin = end
 
     def _retry(self, writing: Writing, ok: npt.NDArray[np.bool_]) -> None:
+        """Failed blocks wait anew, each under the run in which it lies now: that may have been split off meanwhile."""
         begin = 0
         for stretch in writing.stretches:
-            end = begin + stretch.blocks
-            if not self._index.info(stretch.run)[3]:
-                self._residency.queue.add(stretch.run, int((~ok[begin:end]).sum()))
-            begin = end
+            failed = ~ok[begin : begin + stretch.blocks]
+            begin += stretch.blocks
+            run, end = stretch.run, -stretch.skip
+            while len(failed):
+                parent, length, _, detached, *_ = self._index.info(run)
+                end += length
+                if end > 0:
+                    own, failed = failed[-end:], failed[:-end]
+                    end = 0
+                    if not detached:
+                        self._residency.queue.add(run, int(own.sum()))
+                run = parent
 
     def _release(self, writing: Writing) -> None:
         for stretch in writing.stretches:
