@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flexkv_core.errors import CapacityError, ConfigError, StorageError
+from flexkv_core.errors import CapacityError, ConfigError, FlexKVError, StorageError
 from flexkv_core.keys import FORMAT_VERSION, fingerprint
 from flexkv_core.layout import KVLayout
 from flexkv_core.storage.base import SsdSpec
@@ -173,8 +173,14 @@ def _make_folder(directory: Path, name: str, undo: contextlib.ExitStack) -> Path
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         folder.chmod(0o700)
     except OSError as error:
-        raise ConfigError(f"ssd_dirs: {directory} cannot be used: {error.strerror}") from error
+        raise _unusable(directory, error) from error
     return folder
+
+
+def _unusable(directory: Path, error: OSError) -> FlexKVError:
+    if error.errno == errno.ENOSPC:
+        return CapacityError(f"ssd_bytes: nothing can be made in {directory}: {error.strerror}")
+    return ConfigError(f"ssd_dirs: {directory} cannot be used: {error.strerror}")
 
 
 def _remove_folder(path: Path) -> None:
@@ -186,7 +192,10 @@ def _remove_folder(path: Path) -> None:
 
 def _lock(folder: Path, timeout_s: float, undo: contextlib.ExitStack) -> int:
     """The lock's descriptor. A process that was killed gives its lock back a little later: wait for it."""
-    fd = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fd = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise _unusable(folder.parent, error) from error
     undo.callback(os.close, fd)
     deadline = time.monotonic() + timeout_s
     while not try_lock(fd):
@@ -197,8 +206,11 @@ def _lock(folder: Path, timeout_s: float, undo: contextlib.ExitStack) -> int:
                 " give each a directory of its own"
             )
         time.sleep(_LOCK_POLL_S)
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    with contextlib.suppress(
+        OSError
+    ):  # a full disk; whether there is room is checked next, and this only helps a reader
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
     return fd
 
 
