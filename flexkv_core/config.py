@@ -20,7 +20,7 @@ import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import ByteSize, Field, ValidationError, field_validator
@@ -99,6 +99,38 @@ class FlexKVConfig(BaseSettings):
         description="Back the host tier with 2 MiB huge pages; the start fails when the machine has too few.",
         json_schema_extra=_allowed(_SWITCH),
     )
+    ssd_dirs: list[str] = Field(
+        default=[],
+        description="Directories of the SSD tier, on different disks to use them together; none: no SSD tier.",
+        json_schema_extra=_allowed("list of absolute paths"),
+    )
+    ssd_bytes: Annotated[ByteSize, Field(gt=0)] = Field(
+        default=ByteSize(16 << 30),
+        description="What the SSD tier takes in each directory, its catalogue included; allocated at start.",
+        json_schema_extra=_allowed(_SIZE) | {"default": "16 GiB"},
+    )
+    io_engine: Literal["auto", "uring", "threads"] = Field(
+        default="auto",
+        description="How the SSD is read and written; `auto` takes io_uring where the system allows it.",
+        json_schema_extra=_allowed("auto, uring or threads"),
+    )
+    io_queue_depth: int = Field(
+        default=64,
+        ge=1,
+        le=4096,
+        description="Operations that the SSD is given at a time.",
+        json_schema_extra=_allowed("integer from 1 to 4096"),
+    )
+    write_queue_bytes: Annotated[ByteSize, Field(gt=0)] = Field(
+        default=ByteSize(2 << 30),
+        description="How much may wait to be written to the SSD; beyond it the oldest is not written.",
+        json_schema_extra=_allowed(_SIZE) | {"default": "2 GiB"},
+    )
+    scrub_bytes_per_s: Annotated[ByteSize, Field(ge=0)] = Field(
+        default=ByteSize(16 << 20),
+        description="Bandwidth at which the SSD is read through in the background to find damage; 0: never.",
+        json_schema_extra=_allowed(_SIZE) | {"default": "16 MiB"},
+    )
     verify_checksums: bool = Field(
         default=True,
         description="Check each block's CRC32C before it goes back to the engine; a mismatch is a miss.",
@@ -150,6 +182,16 @@ class FlexKVConfig(BaseSettings):
         description="Report stored and removed blocks to the engine when it publishes KV events.",
         json_schema_extra=_allowed(_SWITCH),
     )
+
+    @field_validator("ssd_dirs")
+    @classmethod
+    def _absolute(cls, directories: list[str]) -> list[str]:
+        for directory in directories:
+            if not Path(directory).is_absolute():
+                raise ValueError(f"{directory!r} is not an absolute path")
+        if len({os.path.realpath(directory) for directory in directories}) < len(directories):
+            raise ValueError("a directory is named twice")
+        return directories
 
     @classmethod
     def settings_customise_sources(

@@ -3,7 +3,8 @@
 FlexKVError
 ├── ConfigError        (ValueError)    a setting that is wrong or cannot be met; raised before anything is allocated
 ├── LayoutError        (ValueError)    tensors of the engine that are not laid out as described
-├── CapacityError      (MemoryError)   the machine cannot give the memory that a tier needs
+├── CapacityError      (MemoryError)   the machine cannot give the memory or disk space that a tier needs
+├── StorageError       (RuntimeError)  the catalogue or the files of a tier cannot be read or written
 ├── TransferError      (RuntimeError)  a copy between a device and a slot, or between tiers, failed
 └── ClosedError        (RuntimeError)  the object was shut down before the call
 
@@ -28,6 +29,10 @@ class LayoutError(FlexKVError, ValueError):
 
 class CapacityError(FlexKVError, MemoryError):
     """A tier asks for more than the machine can give."""
+
+
+class StorageError(FlexKVError, RuntimeError):
+    """A catalogue or data file that cannot be opened, read or written; names the file and the cause."""
 
 
 class TransferError(FlexKVError, RuntimeError):

@@ -6,7 +6,7 @@ cannot be kept is dropped, and both are counted.
 
 A get is ``get_match`` (find and pin), ``launch`` (copy), ``wait``; a put is ``put_match`` (reserve), ``launch``, ``wait``. A match that
 is not wanted must be given back with ``cancel``. The methods that take ``keys`` instead of tokens serve adapters, which know the keys of
-a request already; their tasks report to ``on_done`` and are never waited for.
+a request already; their tasks report to ``on_done``, on any thread and under the manager's lock, and are never waited for.
 """
 
 from __future__ import annotations
@@ -27,8 +27,12 @@ from flexkv_core.errors import CapacityError, ClosedError
 from flexkv_core.keys import fingerprint, hash_tokens, namespace_root
 from flexkv_core.layout import KVLayout
 from flexkv_core.metrics import Counters
+from flexkv_core.ssd_link import SsdLink
+from flexkv_core.storage.base import BlockStatus, SsdSpec, Statuses
+from flexkv_core.storage.directory import slot_count as ssd_slot_count
 from flexkv_core.storage.memory import HostSegment, slots_within
 from flexkv_core.tasks import (
+    NO_STATUSES,
     KVResponse,
     KVResponseStatus,
     Task,
@@ -43,6 +47,9 @@ from flexkv_core.transfer.plan import DeviceCopier, Executor, OpResult, OpStatus
 from flexkv_core.types import KEY_BYTES, BlockIds, Direction, Tier, TokenIds
 
 logger = logging.getLogger(__name__)
+
+CLOSE_TIMEOUT_S = 10.0
+"""What :meth:`KVManager.shutdown` gives the SSD tier to write what waits."""
 
 TASKS_MAX = 65536
 """Tasks that are remembered. Beyond it the oldest that was never launched is cancelled, then new ones are refused as misses."""
@@ -79,9 +86,8 @@ class KVManager:
     ) -> None:
         self.layout = model_config.layout
         self.config = cache_config
-        self.root = fingerprint(
-            {**model_config.identity, "layout": repr(self.layout), "namespace": cache_config.namespace}
-        )
+        self._identity = {**model_config.identity, "namespace": cache_config.namespace}
+        self.root = fingerprint({**self._identity, "layout": repr(self.layout)})
         self._executor: Executor = device if _is_executor(device) else _engine_for(device, cache_config)  # type: ignore[arg-type,assignment]
         self._slot_count = _slot_count(cache_config, self.layout)
         self._changed = threading.Condition(threading.RLock())
@@ -90,23 +96,32 @@ class KVManager:
         self._counters = Counters()
         self._host: HostSegment | None = None
         self._closed = False
+        self._ssd_spec = _ssd_spec(cache_config, self.layout, self._identity)
+        capacities = {Tier.HOST: self._slot_count}
+        if self._ssd_spec is not None:
+            capacities[Tier.SSD] = ssd_slot_count(self._ssd_spec)
         self._cache = GlobalCacheEngine(
-            {Tier.HOST: self._slot_count}, eviction=cache_config.eviction, track_removed=track_removed
+            capacities, eviction=cache_config.eviction, track_removed=track_removed
         )
+        self._ssd: SsdLink | None = None
 
     # Life
 
     def start(self) -> None:
-        """Take the memory and start the executor. Call once.
+        """Take the memory, open the SSD tier and start the executor. Call once.
 
         Raises:
-            CapacityError: the machine cannot give the host tier's memory.
+            CapacityError: the machine cannot give the host tier's memory, or a disk the SSD tier's space.
+            ConfigError: a directory of the SSD tier cannot be used, or is in use.
+            StorageError: the storage process cannot be started.
         """
         with self._changed:
             if self._closed:
                 raise ClosedError("KVManager was shut down")
             assert self._host is None, "KVManager.start() was called twice"
             self._host = HostSegment.create(self._slot_count, self.layout, self.config.huge_pages)
+            if self._ssd_spec is not None:
+                self._open_ssd(self._ssd_spec, self._host)
             self._host.populate()
             self._executor.start(self._host, self._on_result)
         logger.info(
@@ -121,13 +136,16 @@ class KVManager:
         return self._host is not None and not self._closed
 
     def shutdown(self) -> None:
-        """End the executor and give the memory back. Tasks that still run are cancelled. A second call does nothing."""
+        """End the executor, write what waits for the SSD within ten seconds, and give the memory back. Tasks that still run are
+        cancelled. A second call does nothing."""
         with self._changed:
             if self._closed:
                 return
             self._closed = True
         if self._host is not None:
             self._executor.close()
+            if self._ssd is not None:
+                self._ssd.close(CLOSE_TIMEOUT_S)
             self._host.close()
         with self._changed:
             for task in list(self._tasks.values()):
@@ -138,6 +156,8 @@ class KVManager:
         """Forget everything that is cached. Transfers that run end on their own; what they bring is not found any more."""
         with self._changed:
             self._cache.reset()
+            if self._ssd is not None:
+                self._ssd.clear()
 
     @property
     def host(self) -> HostSegment:
@@ -148,7 +168,21 @@ class KVManager:
     def counters(self) -> Counters:
         """A consistent copy of the counters."""
         with self._changed:
-            return replace(self._counters, evicted_blocks=self._cache.stats.blocks_evicted)
+            stats, ssd = self._cache.stats, self._ssd
+            counters = replace(
+                self._counters,
+                evicted_blocks=stats.blocks_evicted,
+                ssd_evicted_blocks=stats.ssd_blocks_evicted,
+            )
+            if ssd is None:
+                return counters
+            return replace(
+                counters,
+                ssd_read_blocks=ssd.read_blocks,
+                ssd_written_blocks=ssd.written_blocks,
+                ssd_corrupt_blocks=ssd.corrupt_blocks,
+                ssd_restarts=ssd.restarts,
+            )
 
     def usage(self) -> tuple[int, int]:
         """Slots of the host tier that are taken, and all."""
@@ -242,8 +276,9 @@ class KVManager:
         task = self._begin_get(self._keys(tokens, namespace), 0, len(tokens))
         with self._changed:
             if not task.ended:
+                task.launched = task.copied = True
                 task.ok = np.ones(task.block_count, np.bool_)
-                self._end(task, KVResponseStatus.SUCCESS)
+                self._start_reads(task)
         return task.task_id
 
     def launch(
@@ -338,7 +373,8 @@ class KVManager:
             assert not task.launched
             assert len(blocks) == task.block_count * self.layout.blocks_per_slot
             task.launched = True
-            op = TransferOp(task_id, task.direction, task.keys, task.slots, blocks)
+            op = TransferOp(task_id, task.direction, task.keys, task.slots, blocks, task.awaited())
+            self._start_reads(task)
         self._executor.submit(op)
 
     # Inside
@@ -410,37 +446,84 @@ class KVManager:
                 self._tasks.pop(task_id, None)
                 return
 
+    def _open_ssd(self, spec: SsdSpec, host: HostSegment) -> None:
+        ssd = SsdLink(
+            spec,
+            host,
+            self._cache,
+            self._changed,
+            self._new_id,
+            self._on_read,
+            int(self.config.write_queue_bytes),
+        )
+        ssd.start()
+        self._ssd = ssd
+
+    def _start_reads(self, task: Task) -> None:
+        """Have the task's blocks that only the SSD holds read; with none, they have ended."""
+        if isinstance(task.plan, GetPlan) and len(task.plan.reads):
+            assert self._ssd is not None
+            self._ssd.read(task.task_id, task.plan)
+        else:
+            task.read_statuses = NO_STATUSES
+            self._end_if_done(task)
+
+    def _on_read(self, task_id: int, statuses: Statuses) -> None:
+        """All reads of a task have ended; called under the lock, on the supervisor's thread."""
+        task = self._tasks[task_id]
+        task.read_statuses = statuses
+        self._end_if_done(task)
+
     def _on_result(self, result: OpResult) -> None:
         """An op ended; called by the executor on any thread."""
         with self._changed:
             task = self._tasks.get(result.op_id)
             if task is None or task.ended:
                 return
-            task.ok = result.ok
+            task.ok, task.copied, task.copy_status = result.ok, True, result.status
             self._count(task, result)
-            if isinstance(task.plan, GetPlan) and result.status is OpStatus.DONE and not result.ok.all():
-                self._cache.invalidate(task.plan, task.start_block + prefix_length(result.ok))
-            if result.status is OpStatus.DONE and result.ok.all():
-                status = KVResponseStatus.SUCCESS
-            elif result.status is OpStatus.CANCELLED:
-                status = KVResponseStatus.CANCELLED
-            else:
-                status = KVResponseStatus.FAILED
-            self._end(task, KVResponseStatus.CANCELLED if task.cancelled else status)
-            if task.on_done is not None:
-                self._tasks.pop(task.task_id, None)
-            self._changed.notify_all()
+            self._end_if_done(task)
+
+    def _end_if_done(self, task: Task) -> None:
+        """End a task whose copy and whose reads have both ended."""
+        if not task.copied or task.read_statuses is None or task.ended:
+            return
+        task.drop_unread()
+        if task.copy_status is OpStatus.DONE and task.ok.all():
+            status = KVResponseStatus.SUCCESS
+        elif task.copy_status is OpStatus.CANCELLED:
+            status = KVResponseStatus.CANCELLED
+        else:
+            status = KVResponseStatus.FAILED
+        if task.copy_status is OpStatus.DONE:
+            self._drop_corrupt(task)
+        self._end(task, KVResponseStatus.CANCELLED if task.cancelled else status)
+        self._changed.notify_all()
         if task.on_done is not None:
+            self._tasks.pop(task.task_id, None)
             task.on_done(TaskDone(task.task_id, task.status, task.ok))
+
+    def _drop_corrupt(self, task: Task) -> None:
+        """A block that was in host memory and did not match its checksum leaves it, with all below."""
+        if not isinstance(task.plan, GetPlan):
+            return
+        bad = np.flatnonzero(~task.ok & ~task.unread())
+        if len(bad):
+            self._counters.corrupt_blocks += len(bad)
+            self._cache.invalidate(task.plan, task.start_block + int(bad[0]), Tier.HOST)
 
     def _end(self, task: Task, status: KVResponseStatus) -> None:
         """Settle the plan with the index: publish what arrived, give back what did not."""
         task.status = status
         arrived = prefix_length(task.ok)
         if isinstance(task.plan, GetPlan):
-            self._cache.finish_get(task.plan)
+            statuses = task.read_statuses
+            read_ok = None if statuses is None or not len(statuses) else statuses == BlockStatus.OK
+            self._cache.finish_get(task.plan, read_ok)
         elif arrived and task.plan is not None:
             self._cache.commit_put(task.plan, arrived)
+            if self._ssd is not None:
+                self._ssd.write_behind()
         elif task.plan is not None:
             self._cache.abort_put(task.plan)
         task.forget_plan()
@@ -453,8 +536,6 @@ class KVManager:
             counters.loaded_bytes += blocks * size
             counters.load_seconds += result.seconds
             counters.failed_loads += result.status is OpStatus.FAILED
-            if result.status is OpStatus.DONE:
-                counters.corrupt_blocks += len(result.ok) - blocks
         else:
             counters.stored_blocks += blocks
             counters.stored_bytes += blocks * size
@@ -485,6 +566,20 @@ def _slot_count(config: FlexKVConfig, layout: KVLayout) -> int:
             f" which takes {layout.slot_bytes} bytes"
         )
     return count
+
+
+def _ssd_spec(config: FlexKVConfig, layout: KVLayout, identity: Mapping[str, object]) -> SsdSpec | None:
+    if not config.ssd_dirs:
+        return None
+    return SsdSpec(
+        directories=tuple(config.ssd_dirs),
+        bytes_per_directory=int(config.ssd_bytes),
+        identity=dict(identity),
+        layout=layout,
+        engine=config.io_engine,
+        depth=config.io_queue_depth,
+        scrub_bytes_per_s=int(config.scrub_bytes_per_s),
+    )
 
 
 def _engine_for(copier: DeviceCopier, config: FlexKVConfig) -> TransferEngine:

@@ -22,6 +22,11 @@ class Counters:
     corrupt_blocks: int = 0  # checksum mismatches; each became a miss
     failed_loads: int = 0  # ops, not blocks
     failed_stores: int = 0
+    ssd_read_blocks: int = 0
+    ssd_written_blocks: int = 0
+    ssd_corrupt_blocks: int = 0  # found by reads and by the scrubber; each is quarantined
+    ssd_evicted_blocks: int = 0
+    ssd_restarts: int = 0  # of the storage process
     dropped_blocks: int = 0  # wanted to be stored, found no room
 
     def as_dict(self) -> dict[str, int | float]:

@@ -10,9 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from flexkv_core.cache.plans import GetPlan, PutPlan
+from flexkv_core.storage.base import BlockStatus, Statuses
+from flexkv_core.transfer.plan import OpStatus
 from flexkv_core.types import BlockIds, Direction, Slots, TokenIds
 
-
+NO_STATUSES: Statuses = np.empty(0, np.uint32)
 _NO_SLOTS: Slots = np.empty(0, np.int32)
 
 
@@ -60,6 +62,9 @@ class Task:
     slots: Slots
     tokens: int
     on_done: Callable[[TaskDone], None] | None = None
+    read_statuses: Statuses | None = None  # uint32 [reads of the plan], once all have ended
+    copied: bool = False  # the copy has ended, or there is none
+    copy_status: OpStatus = OpStatus.DONE
     launched: bool = False
     status: KVResponseStatus = KVResponseStatus.UNREADY
     cancelled: bool = False
@@ -74,6 +79,26 @@ class Task:
     def ended(self) -> bool:
         """Whether the outcome is known."""
         return self.status is not KVResponseStatus.UNREADY
+
+    def awaited(self) -> npt.NDArray[np.bool_] | None:
+        """bool [blocks that move], the slots that a lower tier must fill first; None if none must."""
+        if not isinstance(self.plan, GetPlan) or not len(self.plan.reads):
+            return None
+        awaited = np.zeros(self.block_count, np.bool_)
+        awaited[self.plan.reads.index] = True
+        return awaited
+
+    def unread(self) -> npt.NDArray[np.bool_]:
+        """bool [blocks that move], the slots that a lower tier was to fill and did not."""
+        unread = np.zeros(self.block_count, np.bool_)
+        if isinstance(self.plan, GetPlan) and self.read_statuses is not None and len(self.plan.reads):
+            unread[self.plan.reads.index] = self.read_statuses != BlockStatus.OK
+        return unread
+
+    def drop_unread(self) -> None:
+        """What was not read has not arrived, whatever the copy says."""
+        if len(self.ok):
+            self.ok = self.ok & ~self.unread()
 
     def forget_plan(self) -> None:
         """Let go of what only a task under way needs: it may be long before its caller asks for the response."""

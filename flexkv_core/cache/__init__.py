@@ -5,12 +5,17 @@ Pure memory: no I/O, no clock, no thread of its own. The caller holds one lock a
 - ``engine.py``      match, plan, commit and abort; the only module that others import
 - ``plans.py``       what the engine hands out: leases, plans, counters
 - ``radix_tree.py``  the tree of path-compressed runs, and its Python twin
+- ``residency.py``   the index and all that must agree with it: pools, eviction orders, the queue of writes
+- ``write_behind.py`` what goes to the SSD next; ``write_queue.py`` what waits for it
+- ``leases.py``      what each live plan keeps
+- ``chains.py``      from loose blocks to runs, for the warm start
 - ``mempool.py``     fixed-size slots of one tier
 - ``eviction/``      which run goes first; one file a policy
 - ``integrity.py``   recounts everything and says what differs
 """
 
+from flexkv_core.cache.chains import ROOT
 from flexkv_core.cache.engine import GlobalCacheEngine
-from flexkv_core.cache.plans import CacheStats, GetPlan, Lease, PutPlan
+from flexkv_core.cache.plans import CacheStats, GetPlan, Lease, PutPlan, Reads, WritePlan
 
-__all__ = ["CacheStats", "GetPlan", "GlobalCacheEngine", "Lease", "PutPlan"]
+__all__ = ["ROOT", "CacheStats", "GetPlan", "GlobalCacheEngine", "Lease", "PutPlan", "Reads", "WritePlan"]

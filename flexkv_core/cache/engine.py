@@ -3,39 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from flexkv_core.cache import integrity
-from flexkv_core.cache.eviction import make_policy
-from flexkv_core.cache.mempool import Mempool
-from flexkv_core.cache.plans import CacheStats, GetPlan, Lease, PutPlan
-from flexkv_core.cache.radix_tree import PyRunIndex, RunIndex
+from flexkv_core.cache.leases import Leases, Putting, Reading
+from flexkv_core.cache.plans import NO_READS, NO_SLOTS, CacheStats, GetPlan, PutPlan, Reads, WritePlan
+from flexkv_core.cache.radix_tree import PyRunIndex
+from flexkv_core.cache.residency import Residency
+from flexkv_core.cache.write_behind import WriteBehind
 from flexkv_core.types import KEY_BYTES, Slots, Tier
-
-# Runs that follow each other are joined up to this length: a sequence that grows block by block becomes one run, and a join never
-# moves more than 12 KiB, well under 1 µs.
-_MERGE_BLOCKS_MAX = 512
-
-_NO_SLOTS: Slots = np.empty(0, dtype=np.int32)
-_NO_SLOTS.setflags(write=False)
-
-
-@dataclass(frozen=True)
-class _Writing:
-    """A put under way: the deepest run of its blocks, and how many blocks there are from there upwards."""
-
-    run: int
-    blocks: int
 
 
 class GlobalCacheEngine:
     """What is cached where. Knows slots and keys, never bytes.
 
-    The caller holds one lock around every call. Every plan ends with exactly one of ``finish_get``, ``commit_put`` or ``abort_put``;
-    a second end of the same plan does nothing. Until then none of its slots is handed out again, whatever happens to the tree.
-    Expected outcomes (nothing found, no room) are values; nothing here raises for them.
+    The caller holds one lock around every call. Every plan ends with exactly one of ``finish_get``, ``commit_put``, ``abort_put`` or
+    ``finish_write``; a second end of the same plan does nothing. Until then none of its slots is handed out again, whatever happens
+    to the tree. Expected outcomes (nothing found, no room) are values; nothing here raises for them.
     """
 
     def __init__(
@@ -47,19 +33,17 @@ class GlobalCacheEngine:
     ) -> None:
         """``capacities``: slots of each tier that exists; the host tier must be among them.
 
-        ``eviction``: a name of ``flexkv_core.cache.eviction.POLICIES`` (ConfigError otherwise). ``index_factory`` makes the index
-        (argument: whether removed keys are tracked); the native one by default. ``track_removed``: collect keys for
-        :meth:`take_removed`.
+        ``eviction``: a name of ``flexkv_core.cache.eviction.POLICIES`` (ConfigError otherwise); each tier has an order of its own.
+        ``index_factory`` makes the index (argument: whether removed keys are tracked); the native one by default. ``track_removed``:
+        collect keys for :meth:`take_removed`.
         """
         assert Tier.HOST in capacities, "the host tier is not optional"
-        self.pools = {tier: Mempool(count) for tier, count in capacities.items()}
         self.stats = CacheStats()
-        self.index = (index_factory or RunIndex)(track_removed)
-        self.policy = make_policy(eviction)
-        self._eviction = eviction
-        self._gets: dict[int, int] = {}  # lease id -> deepest run
-        self._puts: dict[int, _Writing] = {}
-        self._next_lease = 0
+        self.residency = Residency(capacities, eviction, index_factory, track_removed)
+        self.pools = self.residency.pools
+        self.index = self.residency.index
+        self._leases = Leases()
+        self._write_behind = WriteBehind(self.residency, self._leases, self.stats)
 
     # ---- looking -------------------------------------------------------------------------------------------------------------
 
@@ -70,7 +54,7 @@ class GlobalCacheEngine:
     @property
     def lease_count(self) -> int:
         """Plans that have not ended."""
-        return len(self._gets) + len(self._puts)
+        return len(self._leases)
 
     def capacity(self, tier: Tier = Tier.HOST) -> int:
         """Slots of a tier."""
@@ -82,58 +66,81 @@ class GlobalCacheEngine:
 
     # ---- get -----------------------------------------------------------------------------------------------------------------
 
-    def plan_get(self, keys: bytes, start_block: int = 0) -> GetPlan:
+    def plan_get(self, keys: bytes, start_block: int = 0, fetch: bool = True) -> GetPlan:
         """Find the longest published prefix, lease it, count it as used.
 
         ``keys``: 16 bytes a block, from the sequence's first block on. ``start_block``: blocks that the caller has already; their slots
-        are not given.
+        are not given. ``fetch``: blocks that only the SSD has get host slots, evicting others, to be read into (``GetPlan.reads``); where
+        there is no room the plan ends. Without it the plan ends at the first of them.
         """
         keys = bytes(keys)
         asked = len(keys) // KEY_BYTES
         out: Slots = np.empty(max(0, asked - start_block), dtype=np.int32)
-        blocks, run, _ = self.index.match(keys, start_block, out, Tier.HOST, False)
+        blocks, run, at = self.index.match(keys, start_block, out, Tier.HOST, False)
         stats = self.stats
         stats.get_plans += 1
         stats.blocks_asked += asked
         if run < 0:
-            return GetPlan(None, start_block, 0, _NO_SLOTS, keys)
+            return GetPlan(None, start_block, 0, NO_SLOTS, keys)
         stats.get_hits += 1
         stats.blocks_hit += blocks
-        self.policy.touch(self.index.path(run))
+        self.residency.touch(run)
         if blocks <= start_block:
-            return GetPlan(None, start_block, blocks, _NO_SLOTS, keys)
+            return GetPlan(None, start_block, blocks, NO_SLOTS, keys)
         self.index.pin(run)
-        lease = self._lease()
-        self._gets[lease.lease_id] = run
-        return GetPlan(lease, start_block, blocks, out[: blocks - start_block], keys)
+        out = out[: blocks - start_block]
+        reads = NO_READS
+        if len(self.pools) > 1 and out.min() < 0:
+            out, reads = self._plan_reads(keys, start_block, out, fetch)
+            if not len(out):
+                self.residency.release(run)
+                return GetPlan(None, start_block, start_block, NO_SLOTS, keys)
+        lease = self._leases.new()
+        # What was cut off between the plan's last block and the run's end counts as well.
+        skip = self.index.info(run)[1] - at + blocks - start_block - len(out) if len(reads) else 0
+        self._leases.gets[lease.lease_id] = Reading(run, skip, _own_slots(out, reads))
+        return GetPlan(lease, start_block, start_block + len(out), out, keys, reads)
 
-    def finish_get(self, plan: GetPlan) -> None:
-        """The blocks have been copied, or the copy has failed: give the lease back."""
+    def finish_get(self, plan: GetPlan, read_ok: npt.NDArray[np.bool_] | None = None) -> None:
+        """The blocks have been copied, or the copy has failed: give the lease back.
+
+        ``read_ok``: bool, one for each of ``plan.reads``: whether its bytes are in its host slot, and right; these blocks are in
+        the host tier from now on. None: none was read.
+        """
         if plan.lease is None:
             return
-        run = self._gets.pop(plan.lease.lease_id, None)
-        if run is not None:
-            self._release(run)
+        reading = self._leases.gets.pop(plan.lease.lease_id, None)
+        if reading is None:
+            return
+        if len(plan.reads):
+            self._settle_reads(plan, reading, read_ok)
+        self.residency.release(reading.run)
+        self._free_unused()
 
-    def invalidate(self, plan: GetPlan, block: int) -> int:
-        """A block failed its checksum: it and everything below it leave the tree. Call before ``finish_get``.
+    def invalidate(self, plan: GetPlan, block: int, tier: Tier = Tier.HOST, quarantine: bool = True) -> int:
+        """A tier's copy of a block failed its checksum, or is not there: it is dropped. Call before ``finish_get``.
 
-        ``block`` counts from the sequence's first block and lies in the plan. If its slot is no longer the plan's (dropped already,
-        perhaps stored anew since), nothing happens. Returns how many blocks left.
+        ``block`` counts from the sequence's first block and lies in the plan; for the SSD it is one of the plan's reads. If no other
+        tier has the block, it leaves the tree with everything below it. If the copy is no longer the plan's (dropped already, perhaps
+        stored anew since), the tree stays as it is. ``quarantine``: a slot of the SSD is never used again. Returns how many blocks left.
         """
         assert plan.start_block <= block < plan.blocks, (
             f"block {block} is not in a plan of {plan.start_block}..{plan.blocks}"
         )
-        slot = np.empty(1, dtype=np.int32)
+        bad = _slot_of(plan, block, tier)
+        if tier is not Tier.HOST and quarantine and plan.lease and plan.lease.lease_id in self._leases.gets:
+            self.pools[tier].quarantine(bad)
         keys = plan.sequence_keys[: KEY_BYTES * (block + 1)]
-        found, run, at = self.index.match(keys, block, slot, Tier.HOST, False)
-        if found <= block or slot[0] != plan.host_slots[block - plan.start_block]:
+        slots, run, at = self._slots_of_last(keys)
+        if bad < 0 or slots[tier] != bad:
+            return 0
+        if any(slot >= 0 for other, slot in slots.items() if other != tier):
+            self._drop_copy(run, at - 1, tier, bad)
             return 0
         if at > 1:
-            head = self.index.split(run, at - 1)
-            self.policy.add(head)
+            self.residency.split(run, at - 1)
         before = self.index.blocks
-        self._detach(run)
+        self.residency.detach(run)
         removed = before - self.index.blocks
         self.stats.blocks_invalidated += removed
         return removed
@@ -154,9 +161,9 @@ class GlobalCacheEngine:
         stats.put_plans += 1
         stats.blocks_known += known
         if parent >= 0:
-            self.policy.touch(index.path(parent))
+            self.residency.touch(parent)
         if known == total:
-            return PutPlan(None, known, _NO_SLOTS, b"")
+            return PutPlan(None, known, NO_SLOTS, b"")
         if parent >= 0:
             parent = self._branch_at(parent, at)
         slots = self._take(Tier.HOST, total - known)
@@ -167,8 +174,8 @@ class GlobalCacheEngine:
         new_keys = keys[KEY_BYTES * known : KEY_BYTES * (known + len(slots))]
         run = index.insert(parent, new_keys, Tier.HOST, slots)
         self._unpin_branch(parent)
-        lease = self._lease()
-        self._puts[lease.lease_id] = _Writing(run, len(slots))
+        lease = self._leases.new()
+        self._leases.puts[lease.lease_id] = Putting(run, len(slots))
         return PutPlan(lease, known, slots, new_keys)
 
     def commit_put(self, plan: PutPlan, blocks: int | None = None) -> int:
@@ -178,64 +185,107 @@ class GlobalCacheEngine:
         """
         keep = plan.count if blocks is None else blocks
         assert 0 <= keep <= plan.count, f"cannot commit {keep} blocks of a plan of {plan.count}"
-        writing = self._end_put(plan)
-        if writing is None:
+        putting = self._end_put(plan)
+        if putting is None:
             return 0
-        if self._is_detached(writing.run):
+        if self._is_detached(putting.run):
             keep = 0
-        elif keep == writing.blocks:
-            self._publish(self._pieces(writing))
+        elif keep == putting.blocks:
+            self._publish(self._pieces(putting))
         else:
-            self._drop_tail(writing, keep)
-        self._release(writing.run)
-        if keep == writing.blocks:
-            self._merge(writing.run)
+            self._drop_tail(putting, keep)
+        self.residency.release(putting.run)
+        if keep == putting.blocks:
+            self.residency.merge(putting.run)
+        self._free_unused()
         self.stats.blocks_published += keep
-        self.stats.blocks_dropped += writing.blocks - keep
+        self.stats.blocks_dropped += putting.blocks - keep
         return keep
 
     def abort_put(self, plan: PutPlan) -> None:
         """Nothing was written, or not all: the plan's blocks leave, with whatever was put below them, and the slots return."""
-        writing = self._end_put(plan)
-        if writing is None:
+        putting = self._end_put(plan)
+        if putting is None:
             return
-        if not self._is_detached(writing.run):
-            self._drop_tail(writing, 0)
-        self._release(writing.run)
-        self.stats.blocks_dropped += writing.blocks
+        if not self._is_detached(putting.run):
+            self._drop_tail(putting, 0)
+        self.residency.release(putting.run)
+        self._free_unused()
+        self.stats.blocks_dropped += putting.blocks
 
     def evict(self, want: int, tier: Tier = Tier.HOST) -> int:
-        """Let go of up to ``want`` blocks of a tier, by the policy's order, each run from its tail; returns how many.
+        """Let go of up to ``want`` slots of a tier, by the policy's order, each run from its tail; returns how many.
 
-        Puts do this by themselves when they need room. Leased blocks, blocks that are being written, and what these follow stay.
+        Plans do this by themselves when they need room. Leased blocks, blocks that are being written, and what these follow stay. A
+        block that no tier holds any more leaves the tree, with what follows it.
         """
-        victim, remove, evict = self.policy.victim, self.policy.remove, self.index.evict
-        freed = 0
-        while freed < want:
-            run = victim()
-            if run is None:
-                break
-            count, left, leaf = evict(run, tier, want - freed)
-            if count < 0:
-                self.policy.park(run)
-                continue
-            freed += count
-            if left == 0:
-                remove(run)
-                if leaf >= 0:
-                    self.policy.unpark(leaf)
-        self.stats.blocks_evicted += freed
-        self._collect()
+        freed = self.residency.evict(want, tier)
+        self._count_evicted(tier, freed)
         return freed
+
+    # ---- write-behind --------------------------------------------------------------------------------------------------------
+
+    def plan_write(self, limit_blocks: int) -> WritePlan | None:
+        """The blocks of the host tier that wait longest for the SSD, with room there; None: nothing waits, or no room can be made.
+
+        At most ``limit_blocks``. Blocks that they follow and that the SSD lacks come first. All are pinned until ``finish_write``.
+        """
+        return self._write_behind.plan(limit_blocks)
+
+    def finish_write(self, plan: WritePlan, ok: npt.NDArray[np.bool_], retry: bool = False) -> Slots:
+        """The writes have ended. ``ok``: bool, one a block: the block is durable in its slot.
+
+        Those are on the SSD from now on; the slots of the others return, and with ``retry`` they wait anew. Returns the slots (int32) that were written for
+        blocks that have left the tree meanwhile: the store should forget them before it is given anything else to write.
+        """
+        forget = self._write_behind.finish(plan, ok, retry)
+        self._free_unused()
+        return forget
+
+    def drop_oldest_writes(self, blocks: int) -> int:
+        """Give up at least ``blocks`` blocks that wait to be written, if there are so many; returns how many. They are written with
+        what follows them, if that is."""
+        return self._write_behind.drop_oldest(blocks)
+
+    @property
+    def waiting_writes(self) -> int:
+        """Blocks that wait for ``plan_write``, at most."""
+        return self.residency.queue.blocks
+
+    def load(
+        self,
+        slots: Slots,
+        keys: bytes,
+        parents: bytes,
+        ages: npt.NDArray[np.int64] | None = None,
+        tier: Tier = Tier.SSD,
+    ) -> Slots:
+        """Warm start: what a tier holds, into the empty tree.
+
+        ``slots``: int32 [n], in any order; ``keys``, ``parents``: 16 * n bytes, as they were in write plans; ``ages``: int64 [n], larger is
+        newer (None: in the order given). Returns the slots (int32) that were not taken, because no chain connects the block to a beginning, its
+        key occurs twice, or the tier is smaller now: they are free, and the store should forget them.
+        """
+        assert len(self.index) == 0, "load() needs an empty tree"
+        if ages is None:
+            ages = np.arange(len(slots), dtype=np.int64)
+        fits = (slots >= 0) & (slots < self.capacity(tier))
+        if not fits.all():
+            words = fits.nonzero()[0]
+            keys, parents = (np.frombuffer(raw, "V16")[words].tobytes() for raw in (keys, parents))
+        taken = slots if fits.all() else slots[fits]
+        dropped = self.residency.load(
+            tier, taken, keys, parents, ages[fits] if len(taken) < len(slots) else ages
+        )
+        self.stats.blocks_loaded += len(taken) - len(dropped)
+        return np.concatenate([slots[~fits], taken[dropped]])
 
     # ---- all of it -----------------------------------------------------------------------------------------------------------
 
     def reset(self) -> None:
         """Forget everything. Slots of plans that have not ended return when these end."""
-        self.index.detach_all()
+        self.residency.detach_all()
         self.index.drain_removed()  # the caller knows that all are gone
-        self.policy = make_policy(self._eviction)
-        self._collect()
         self.stats.resets += 1
 
     def take_removed(self) -> bytes:
@@ -244,47 +294,88 @@ class GlobalCacheEngine:
 
     def check_integrity(self) -> None:
         """Recount everything; AssertionError says what differs. Costs time in proportion to what is cached: for tests."""
-        pins = list(self._gets.values()) + [writing.run for writing in self._puts.values()]
-        integrity.check(self.index, self.pools, self.policy, pins)
+        own = {tier: self._leases.own_slots(tier) for tier in self.pools}
+        integrity.check(self.residency, self._leases.pinned_runs(), own)
 
-    # ---- helpers -------------------------------------------------------------------------------------------------------------
+    # ---- helpers: get --------------------------------------------------------------------------------------------------------
 
-    def _lease(self) -> Lease:
-        self._next_lease += 1
-        return Lease(self._next_lease)
+    def _plan_reads(self, keys: bytes, start: int, host_slots: Slots, fetch: bool) -> tuple[Slots, Reads]:
+        """Host slots for blocks that have none; what finds no room is cut off, with all behind it. The path is pinned."""
+        index = np.flatnonzero(host_slots < 0)
+        if not fetch:
+            return host_slots[: index[0]], NO_READS
+        new = self._take(Tier.HOST, len(index))
+        if len(new) < len(index):
+            host_slots = host_slots[: index[len(new)]]
+            index = index[: len(new)]
+        if not len(new):
+            return host_slots, NO_READS
+        host_slots[index] = new
+        count = start + len(host_slots)
+        ssd_slots: Slots = np.empty(len(host_slots), dtype=np.int32)
+        self.index.match(keys[: KEY_BYTES * count], start, ssd_slots, Tier.SSD, False)
+        self.stats.blocks_planned_reads += len(new)
+        return host_slots, Reads(index.astype(np.int32), ssd_slots[index])
 
-    def _end_put(self, plan: PutPlan) -> _Writing | None:
-        return None if plan.lease is None else self._puts.pop(plan.lease.lease_id, None)
+    def _settle_reads(self, plan: GetPlan, reading: Reading, read_ok: npt.NDArray[np.bool_] | None) -> None:
+        own = reading.own_slots
+        failed = NO_SLOTS
+        if read_ok is None:
+            failed, own = own[own >= 0], own[:0]
+        else:
+            assert len(read_ok) == len(plan.reads), f"{len(read_ok)} results of {len(plan.reads)} reads"
+            bad = plan.reads.index[~np.asarray(read_ok, np.bool_)]
+            failed = own[bad]
+            own[bad] = -1
+        if len(own):
+            self.stats.blocks_read += int((own >= 0).sum())
+            self.residency.fill(reading.run, reading.skip, Tier.HOST, own)
+        # What the tree did not take: another plan was first, or the block has left.
+        back = np.concatenate([failed, own[own >= 0]])
+        if len(back):
+            self.pools[Tier.HOST].free(back)
+
+    def _slots_of_last(self, keys: bytes) -> tuple[dict[Tier, int], int, int]:
+        """The slots of the last of ``keys`` in each tier (none if it is not found), its run, and its place there + 1."""
+        last = len(keys) // KEY_BYTES - 1
+        slot: Slots = np.empty(1, dtype=np.int32)
+        slots, run, at = {}, -1, 0
+        for tier in self.pools:
+            found, run, at = self.index.match(keys, last, slot, tier, False)
+            slots[tier] = int(slot[0]) if found > last else -1
+        return slots, run, at
+
+    def _drop_copy(self, run: int, at: int, tier: Tier, slot: int) -> None:
+        """One tier loses its copy of a block that another one has. Other plans may still be using the slot."""
+        gone = np.array([slot], dtype=np.int32)
+        self.index.set_slots(run, tier, at, np.array([-1], dtype=np.int32))
+        self._leases.park(tier, gone)
+        if tier is Tier.SSD:
+            self.residency.queue.add(run, 1)
+        self.stats.copies_invalidated += 1
+
+    # ---- helpers: put --------------------------------------------------------------------------------------------------------
+
+    def _end_put(self, plan: PutPlan) -> Putting | None:
+        return None if plan.lease is None else self._leases.puts.pop(plan.lease.lease_id, None)
 
     def _is_detached(self, run: int) -> bool:
         return self.index.info(run)[3]
 
     def _branch_at(self, run: int, at: int) -> int:
         """The run that ends after the first ``at`` blocks of ``run``, pinned so that making room does not take it."""
-        _, blocks, writing, *_ = self.index.info(run)
-        if at < blocks:
-            run = self.index.split(run, at)
-            if not writing:
-                self.policy.add(run)
+        if at < self.index.info(run)[1]:
+            run = self.residency.split(run, at)
         self.index.pin(run)
         return run
 
     def _unpin_branch(self, run: int) -> None:
         if run >= 0:
-            self._release(run)
+            self.residency.release(run)
 
-    def _take(self, tier: Tier, want: int) -> Slots:
-        """Up to ``want`` slots, after evicting what is needed and possible."""
-        pool = self.pools[tier]
-        if pool.free_count < want:
-            self.evict(want - pool.free_count, tier)
-        slots = pool.allocate(min(want, pool.free_count))
-        assert slots is not None
-        return slots
-
-    def _pieces(self, writing: _Writing) -> list[int]:
+    def _pieces(self, putting: Putting) -> list[int]:
         """The runs of a put, deepest first: other puts that branch off inside it have split it."""
-        run, blocks = writing.run, writing.blocks
+        run, blocks = putting.run, putting.blocks
         pieces = []
         while blocks > 0:
             pieces.append(run)
@@ -295,49 +386,59 @@ class GlobalCacheEngine:
 
     def _publish(self, pieces: list[int]) -> None:
         for run in reversed(pieces):
-            self.index.publish(run)
-            self.policy.add(run)
+            self.residency.publish(run)
         if pieces:
-            self.policy.touch(self.index.path(pieces[0]))
+            self.residency.touch(pieces[0])
 
-    def _merge(self, run: int) -> None:
-        absorbed = self.index.merge(run, _MERGE_BLOCKS_MAX)
-        if absorbed >= 0:
-            self.policy.remove(absorbed)
-
-    def _drop_tail(self, writing: _Writing, keep: int) -> None:
+    def _drop_tail(self, putting: Putting, keep: int) -> None:
         """Publish the first ``keep`` blocks of a put; the others leave with what is below them."""
-        pieces = self._pieces(writing)
+        pieces = self._pieces(putting)
         kept: list[int] = []
         while keep:
             run = pieces.pop()
             length = self.index.info(run)[1]
             if length > keep:
                 pieces.append(run)
-                run, length = self.index.split(run, keep), keep
+                run, length = self.residency.split(run, keep), keep
             kept.append(run)
             keep -= length
         self._publish(kept[::-1])
-        self._detach(pieces[-1])
+        self.residency.detach(pieces[-1])
 
-    def _detach(self, run: int) -> None:
-        """Take a run and all below it out of the tree, and make its parent a victim again if that has become a leaf."""
-        parent = self.index.info(run)[0]
-        for left in self.index.detach(run):
-            self.policy.remove(left)
-        if parent >= 0 and self.index.evictable(parent):
-            self.policy.unpark(parent)
-        self._collect()
+    # ---- helpers: slots ------------------------------------------------------------------------------------------------------
 
-    def _release(self, run: int) -> None:
-        leaf = self.index.release(run)
-        if leaf >= 0:
-            self.policy.unpark(leaf)
-        self._collect()
+    def _take(self, tier: Tier, want: int) -> Slots:
+        slots, evicted = self.residency.take(tier, want)
+        self._count_evicted(tier, evicted)
+        return slots
 
-    def _collect(self) -> None:
-        """Bring slots that the index let go back to their pools."""
-        for tier, pool in self.pools.items():
-            freed = self.index.drain(tier)
-            if freed:
-                pool.free(np.frombuffer(freed, dtype=np.int32))
+    def _count_evicted(self, tier: Tier, slots: int) -> None:
+        if tier is Tier.HOST:
+            self.stats.blocks_evicted += slots
+        else:
+            self.stats.ssd_blocks_evicted += slots
+
+    def _free_unused(self) -> None:
+        """A plan has ended: slots that waited for it return."""
+        for tier, slots in self._leases.unused():
+            self.pools[tier].free(slots)
+
+
+def _own_slots(host_slots: Slots, reads: Reads) -> Slots:
+    """int32 like ``host_slots``, -1 where the slot is the tree's."""
+    if not len(reads):
+        return NO_SLOTS
+    own: Slots = np.full(len(host_slots), -1, dtype=np.int32)
+    own[reads.index] = host_slots[reads.index]
+    return own
+
+
+def _slot_of(plan: GetPlan, block: int, tier: Tier) -> int:
+    """Where a plan found a block in a tier. -1: the host slot was the plan's own to read into, so the tree's copy is another."""
+    at = block - plan.start_block
+    read = int(np.searchsorted(plan.reads.index, at))
+    is_read = read < len(plan.reads) and int(plan.reads.index[read]) == at
+    if tier is Tier.HOST:
+        return -1 if is_read else int(plan.host_slots[at])
+    assert is_read, f"block {block} is not read from the SSD by this plan"
+    return int(plan.reads.ssd_slots[read])

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from flexkv_core.cache.eviction import EvictionPolicy
 from flexkv_core.cache.mempool import Mempool
 from flexkv_core.cache.radix_tree import PyRunIndex
+from flexkv_core.cache.residency import Residency
 from flexkv_core.types import KEY_BYTES, Slots, Tier
 
 
 def check(
-    index: PyRunIndex, pools: Mapping[Tier, Mempool], policy: EvictionPolicy, pinned_runs: Iterable[int]
+    residency: Residency, pinned_runs: Iterable[int], own_slots: Mapping[Tier, Sequence[Slots]]
 ) -> None:
-    """AssertionError that says what differs. ``pinned_runs``: the run of each live lease, repeated for each lease."""
+    """AssertionError that says what differs.
+
+    ``pinned_runs``: the run of each pin, repeated for each. ``own_slots``: those that plans have and the tree has not; negative ones are none.
+    """
+    index = residency.index
     runs = index.runs()
     _check_tree(index, runs)
     _check_pins(index, runs, Counter(pinned_runs))
-    for tier, pool in pools.items():
-        _check_slots(index, runs, tier, pool)
+    for tier, pool in residency.pools.items():
+        _check_slots(index, runs, tier, pool, own_slots[tier])
     _check_holes(index, runs)
-    _check_policy(index, runs, policy)
+    busy = _with_ancestors(index, (run for run in runs if index.info(run)[4]))
+    for tier, policy in residency.policies.items():
+        _check_policy(index, runs, tier, policy, busy)
 
 
 def _check_tree(index: PyRunIndex, runs: list[int]) -> None:
@@ -62,7 +69,18 @@ def _check_pins(index: PyRunIndex, runs: list[int], leases: Counter[int]) -> Non
     assert not gone, f"leases on runs that are gone: {sorted(gone)}"
 
 
-def _check_slots(index: PyRunIndex, runs: list[int], tier: Tier, pool: Mempool) -> None:
+def _with_ancestors(index: PyRunIndex, runs: Iterable[int]) -> set[int]:
+    found: set[int] = set()
+    for run in runs:
+        while run >= 0 and run not in found:
+            found.add(run)
+            run = index.info(run)[0]
+    return found
+
+
+def _check_slots(
+    index: PyRunIndex, runs: list[int], tier: Tier, pool: Mempool, own_slots: Sequence[Slots]
+) -> None:
     seen: Slots = np.zeros(pool.capacity, dtype=np.int32)
     for run in runs:
         raw = index.slots(run, tier)
@@ -71,11 +89,13 @@ def _check_slots(index: PyRunIndex, runs: list[int], tier: Tier, pool: Mempool) 
         slots = np.frombuffer(raw, dtype=np.int32)
         assert len(slots) == index.info(run)[1], f"run {run} has {len(slots)} slots in {tier.name}"
         np.add.at(seen, slots[slots >= 0], 1)
+    for slots in own_slots:
+        np.add.at(seen, slots[slots >= 0], 1)
     twice = np.flatnonzero(seen > 1)
-    assert not len(twice), f"slots of {tier.name} that two blocks hold: {twice[:8].tolist()}"
+    assert not len(twice), f"slots of {tier.name} that two hold: {twice[:8].tolist()}"
     differ = np.flatnonzero((seen > 0) != pool.taken())
     assert not len(differ), (
-        f"slots of {tier.name} that the pool and the index see differently: {differ[:8].tolist()}"
+        f"slots of {tier.name} that the pool and the tree or plans see differently: {differ[:8].tolist()}"
     )
     assert pool.used_count == int(seen.sum()), (
         f"{tier.name} counts {pool.used_count} used slots, there are {int(seen.sum())}"
@@ -84,6 +104,8 @@ def _check_slots(index: PyRunIndex, runs: list[int], tier: Tier, pool: Mempool) 
 
 def _check_holes(index: PyRunIndex, runs: list[int]) -> None:
     for run in runs:
+        if index.info(run)[3]:
+            continue  # its plans know what they use
         held = np.zeros(index.info(run)[1], dtype=bool)
         for tier in Tier:
             raw = index.slots(run, tier)
@@ -92,15 +114,21 @@ def _check_holes(index: PyRunIndex, runs: list[int]) -> None:
         assert held.all(), f"run {run} has blocks in no tier: {np.flatnonzero(~held)[:8].tolist()}"
 
 
-def _check_policy(index: PyRunIndex, runs: list[int], policy: EvictionPolicy) -> None:
+def _check_policy(
+    index: PyRunIndex, runs: list[int], tier: Tier, policy: EvictionPolicy, busy: set[int]
+) -> None:
     ordered, parked = (list(ids) for ids in policy.members())
     known = Counter(ordered) + Counter(parked)
     infos = {run: index.info(run) for run in runs}
-    published = Counter(
-        run for run, (_, _, writing, detached, _, _) in infos.items() if not (writing or detached)
-    )
+    inside = [run for run in runs if index.slots(run, tier) is not None]
+    assert inside == [run for run in runs if index.holds(run) >> tier & 1], "holds() and slots() differ"
+    published = Counter(run for run in inside if not (infos[run][2] or infos[run][3]))
     assert known == published, (
-        f"in the policy only: {known - published}; in the tree only: {published - known}"
+        f"{tier.name}: in the policy only: {known - published}; in the tree only: {published - known}"
     )
-    stuck = [run for run in parked if index.evictable(run)]
-    assert not stuck, f"runs that may be evicted and are parked: {stuck[:8]}"
+    above = _with_ancestors(index, (infos[run][0] for run in inside))
+    for run, (_, _, writing, detached, _, _) in infos.items():
+        may = not (writing or detached or run in busy or run in above)
+        assert index.evictable(run, tier) == may, f"run {run} may lose slots of {tier.name}: {may}"
+    stuck = [run for run in parked if index.evictable(run, tier)]
+    assert not stuck, f"runs that may be evicted from {tier.name} and are parked: {stuck[:8]}"

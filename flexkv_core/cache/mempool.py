@@ -30,6 +30,8 @@ class Mempool:
         self._mark: Slots = np.full(capacity, _FREE, dtype=np.int32)
         self._mark_view = memoryview(self._mark.data)
         self._stack_view = memoryview(self._stack.data)
+        self._bad: set[int] = set()  # quarantined and still in use
+        self._retired: set[int] = set()  # quarantined and returned: never handed out again
 
     @property
     def free_count(self) -> int:
@@ -38,8 +40,13 @@ class Mempool:
 
     @property
     def used_count(self) -> int:
-        """Slots that are taken."""
-        return self.capacity - self._free
+        """Slots that are taken; those in quarantine count as long as somebody has them."""
+        return self.capacity - self._free - len(self._retired)
+
+    @property
+    def quarantined_count(self) -> int:
+        """Slots that are not handed out any more."""
+        return len(self._bad) + len(self._retired)
 
     def allocate(self, count: int) -> Slots | None:
         """Take ``count`` slots, all or nothing.
@@ -64,6 +71,8 @@ class Mempool:
 
     def free(self, slots: Slots) -> None:
         """Return slots, int32 of shape [n]. Each must be taken and be named once: anything else is a programmer's error."""
+        if self._bad:
+            slots = self._retire(slots)
         if len(slots) <= _FEW:
             self._free_few(slots.tolist())
         else:
@@ -97,10 +106,42 @@ class Mempool:
         self._stack[self._free : self._free + count] = slots[::-1]
         self._free += count
 
+    def quarantine(self, slot: int) -> None:
+        """Never hand out this slot, which is taken, again; whoever has it returns it as usual."""
+        assert 0 <= slot < self.capacity, f"slot {slot} of a pool of {self.capacity}"
+        if slot not in self._retired:
+            assert self._mark_view[slot] != _FREE, f"slot {slot} is free"
+            self._bad.add(slot)
+
+    def claim(self, slots: Slots) -> None:
+        """Take these very slots (int32 [n], all free, each once) instead of any. Costs time in proportion to the capacity."""
+        places = slots.astype(np.intp)
+        assert not len(slots) or (slots.min() >= 0 and slots.max() < self.capacity), (
+            "slots that the pool does not have"
+        )
+        assert (self._mark[places] == _FREE).all(), "slots that are taken already"
+        self._mark[places] = 0
+        left = self._stack[: self._free]
+        left = left[self._mark[left] == _FREE]
+        assert len(left) == self._free - len(slots), "slots that were named twice, or are in quarantine"
+        self._stack[: len(left)] = left
+        self._free = len(left)
+
+    def _retire(self, slots: Slots) -> Slots:
+        """Keeps back what is in quarantine; returns the others."""
+        bad = np.isin(slots, list(self._bad))
+        for slot in slots[bad].tolist():
+            assert self._mark_view[slot] != _FREE, f"slot {slot} was returned and is free"
+            self._mark_view[slot] = _FREE
+            self._bad.remove(slot)
+            self._retired.add(slot)
+        return slots[~bad]
+
     def taken(self) -> npt.NDArray[np.bool_]:
-        """Which slots are taken, bool of shape [capacity]; for the recount."""
+        """Which slots somebody has, bool of shape [capacity]; for the recount."""
         taken: npt.NDArray[np.bool_] = self._mark != _FREE
         stacked = np.ones(self.capacity, dtype=bool)
         stacked[self._stack[: self._free]] = False
+        stacked[list(self._retired)] = False
         assert np.array_equal(taken, stacked), "the free stack and the marks of a pool differ"
         return taken

@@ -14,6 +14,11 @@ the tree while it, or something below it, is pinned is *detached*: it cannot be 
 parent (which therefore keeps its slots as well) and its slots until the last pin below it goes. Slots and keys that are let go
 collect inside the index until they are drained.
 
+Tiers. A run has an array of slots for each tier in which some of its blocks are; where a tier lost the last of them, or a plan marked
+blocks as on their way there and failed, the array may be empty until an eviction removes it. A run may lose slots in a tier when
+nothing below it holds any there: so each tier keeps prefixes, and its least recently used leaves go first. Where the last copy of a block goes,
+all that follows it leaves the tree: nothing can find it any more.
+
 Invariant: each block of a run that is attached to the tree is in at least one tier.
 
 ``RunIndex`` is the C class where the extension was built, else :class:`PyRunIndex`, its oracle; both have the same methods.
@@ -25,8 +30,10 @@ import sys
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from flexkv_core.cache.run import SLOT_BYTES, TIERS, Run
+from flexkv_core.cache.chains import build_runs
+from flexkv_core.cache.run import NOT_THERE, ON_ITS_WAY, SLOT_BYTES, TIERS, Run
 from flexkv_core.types import KEY_BYTES, Slots
 
 
@@ -111,9 +118,25 @@ class PyRunIndex:
         parent = -1 if r.parent is None else r.parent.number
         return parent, r.length, r.writing, r.detached, r.pins, len(r.children)
 
-    def evictable(self, run: int) -> bool:
-        """Whether the run may lose blocks: attached, published, not pinned, without children."""
-        return self._runs[run].evictable
+    def evictable(self, run: int, tier: int) -> bool:
+        """Whether the run may lose slots in the tier: attached, published, nothing at or below it pinned, nothing below it in the tier."""
+        return self._runs[run].evictable(tier)
+
+    def holds(self, run: int) -> int:
+        """The tiers in which the run has an array of slots, as bits ``1 << tier``."""
+        return sum(1 << tier for tier, slots in enumerate(self._runs[run].slots) if slots is not None)
+
+    def child(self, run: int) -> int:
+        """The child, if the run has exactly one, else -1."""
+        children = self._runs[run].children
+        return next(iter(children)).number if len(children) == 1 else -1
+
+    def leaves(self, run: int) -> tuple[int, ...]:
+        """For each tier: the nearest run with slots there, from ``run`` upwards, if it may lose them, else -1.
+
+        Whatever has changed at or below ``run``, these are the runs that may have become evictable.
+        """
+        return tuple(self._leaf(self._runs[run], tier) for tier in range(TIERS))
 
     def runs(self) -> list[int]:
         """All ids, detached runs included."""
@@ -127,6 +150,33 @@ class PyRunIndex:
         """A run's slots in one tier, int32 as bytes; None when the tier never held any of it."""
         return self._runs[run].slots[tier]
 
+    def segment(self, run: int, tier: int, at: int, count: int) -> tuple[bytes, bytes, bytes]:
+        """Of ``count`` blocks from ``at`` on: the key before the first (16 zero bytes: it begins a sequence), keys, slots as int32."""
+        r = self._runs[run]
+        if at < 0 or count < 1 or at + count > r.length:
+            raise ValueError(f"{count} blocks at {at} are not in a run of {r.length}")
+        above = b"" if r.parent is None else r.parent.tail
+        before = r.keys[KEY_BYTES * (at - 1) : KEY_BYTES * at] if at else above or bytes(KEY_BYTES)
+        end = at + count
+        slots = r.tier_bytes(tier)[SLOT_BYTES * at : SLOT_BYTES * end]
+        return before, r.keys[KEY_BYTES * at : KEY_BYTES * end], slots
+
+    def missing(self, run: int, have: int, lack: int, at: int, limit: int) -> tuple[int, int]:
+        """The first stretch, from block ``at`` on, of blocks that are in tier ``have`` and neither in ``lack`` nor on their way there.
+
+        Returns (its first block, its length, at most ``limit``); a length of 0: there is none.
+        """
+        r = self._runs[run]
+        if r.slots[have] is None:
+            return r.length, 0
+        wanted = (r.tier_slots(have) >= 0) & (r.tier_slots(lack) == NOT_THERE)
+        places = np.flatnonzero(wanted[at:])
+        if not len(places):
+            return r.length, 0
+        first = at + int(places[0])
+        gaps = np.flatnonzero(~wanted[first : first + limit])
+        return first, int(gaps[0]) if len(gaps) else min(limit, r.length - first)
+
     # ---- growing and shaping -------------------------------------------------------------------------------------------------
 
     def insert(self, parent: int, keys: bytes, tier: int, slots: Slots) -> int:
@@ -139,9 +189,10 @@ class PyRunIndex:
         if keys[:KEY_BYTES] in self._heads:
             raise ValueError("a run with this head is in the tree already")
         above = None if parent < 0 else self._runs[parent]
-        run = self._new(above, bytes(keys))
+        run = self._new(bytes(keys))
         run.slots[tier] = np.asarray(slots, dtype=np.int32).tobytes()
         run.pins = 1
+        run.link(above)
         self._heads[run.head] = run
         self.blocks += run.length
         return run.number
@@ -154,14 +205,14 @@ class PyRunIndex:
         tail = self._runs[run]
         if not 0 < at < tail.length or tail.detached:
             raise ValueError(f"cannot split {tail.length} blocks at {at}")
-        head = self._new(tail.parent, tail.keys[: KEY_BYTES * at])
+        above = tail.parent
+        tail.unlink()
+        head = self._new(tail.keys[: KEY_BYTES * at])
         head.writing = tail.writing
         head.slots = [None if slots is None else slots[: SLOT_BYTES * at] for slots in tail.slots]
-        if tail.parent is not None:
-            del tail.parent.children[tail]
-        tail.parent = head
-        head.children[tail] = None
         tail.keep(at, tail.length)
+        head.link(above)
+        tail.link(head)
         self._heads[head.head] = head
         self._heads[tail.head] = tail
         return head.number
@@ -185,26 +236,80 @@ class PyRunIndex:
         if head.length + tail.length > blocks_max:
             return -1
         del self._heads[tail.head]
+        above = head.parent
+        tail.unlink()
+        head.unlink()
         for tier in range(TIERS):
             if head.slots[tier] is not None or tail.slots[tier] is not None:
                 tail.slots[tier] = head.tier_bytes(tier) + tail.tier_bytes(tier)
         tail.set_keys(head.keys + tail.keys)
-        if head.parent is not None:
-            del head.parent.children[head]
-            head.parent.children[tail] = None
-        tail.parent = head.parent
+        tail.link(above)
         self._heads[tail.head] = tail
         self._forget(head)
         return head.number
 
     def set_slots(self, run: int, tier: int, at: int, slots: Slots) -> None:
-        """Write ``slots`` (int32; -1 = not there) over blocks ``at`` … of one tier. What stood there is the caller's."""
+        """Write ``slots`` (int32; -1 = not there, -2 = on its way) over blocks ``at`` … of one tier. What stood there is the caller's."""
         r = self._runs[run]
         if at < 0 or at + len(slots) > r.length:
             raise ValueError(f"{len(slots)} slots at {at} do not fit a run of {r.length} blocks")
         changed = r.tier_slots(tier)
         changed[at : at + len(slots)] = slots
-        r.slots[tier] = changed.tobytes()
+        r.set_tier(tier, changed.tobytes())
+
+    def fill(self, run: int, skip: int, tier: int, slots: Slots) -> list[int]:
+        """Settle blocks that a plan brought to a tier: ``len(slots)`` blocks that end ``skip`` blocks before the end of ``run``, upwards.
+
+        Where ``slots`` (int32) has a slot, the block is attached and the tier lacks it, the tree takes the slot and -1 is written to ``slots``;
+        what is left in there stays the caller's. Where it has -1, a mark "on its way" is taken away. Counted from the end of the run
+        because that stays: a split leaves the id to the tail, a join puts blocks in front. Returns the runs that had nothing in the tier so
+        far, deepest first. ValueError: there are not so many blocks.
+        """
+        pieces = self._upwards(self._runs[run], skip, len(slots))
+        gained = []
+        done = len(slots)
+        for r, begin, end in pieces:
+            if self._fill_piece(r, begin, end, tier, slots[done - (end - begin) : done]):
+                gained.append(r.number)
+            done -= end - begin
+        return gained
+
+    def load(
+        self, tier: int, slots: Slots, keys: bytes, parents: bytes, ages: npt.NDArray[np.int64]
+    ) -> tuple[bytes, bytes, bytes]:
+        """Build the tree of blocks that a tier holds; nothing may be attached yet.
+
+        ``slots``: int32 [n]; ``keys``, ``parents``: 16 * n bytes, the parent of a sequence's first block being 16 zero bytes; ``ages``: int64 [n],
+        larger is newer. The runs are ready and not pinned. Returns (positions of blocks that no chain connects to a beginning, or whose
+        key came before, int32 as bytes; ids of the runs, parents before children, int32; the newest age at or below each, int64).
+        ValueError: lengths differ, or the tree is not empty.
+        """
+        count = len(slots)
+        if (
+            self._heads
+            or len(keys) != KEY_BYTES * count
+            or len(parents) != KEY_BYTES * count
+            or len(ages) != count
+        ):
+            raise ValueError(
+                f"cannot load {count} slots, {len(keys)} bytes of keys, {len(parents)} of parents, {len(ages)} ages"
+            )
+        built, dropped = build_runs(bytes(keys), bytes(parents), ages.tolist())
+        made: list[Run] = []
+        for above, places, _ in built:
+            run = self._new(b"".join([keys[KEY_BYTES * i : KEY_BYTES * (i + 1)] for i in places]))
+            run.slots[tier] = np.asarray(slots, dtype=np.int32)[places].tobytes()
+            run.writing = False
+            run.link(None if above < 0 else made[above])
+            self._heads[run.head] = run
+            self.blocks += run.length
+            made.append(run)
+        ids = np.array([run.number for run in made], dtype=np.int32)
+        return (
+            np.array(dropped, np.int32).tobytes(),
+            ids.tobytes(),
+            np.array([age for *_, age in built], np.int64).tobytes(),
+        )
 
     def publish(self, run: int) -> None:
         """WRITING -> ready."""
@@ -214,44 +319,43 @@ class PyRunIndex:
 
     def pin(self, run: int) -> None:
         """Keep the run, and with it everything above it."""
-        self._runs[run].pins += 1
+        r = self._runs[run]
+        r.set_pins(r.pins + 1)
 
     def release(self, run: int) -> int:
         """Take one pin away. Detached runs that nothing keeps any more are let go.
 
-        Returns the run that may be evicted now (``run``, or an ancestor that lost its last child), or -1.
+        Returns the run, or the nearest above it that is still there, or -1: whose :meth:`leaves` may be evictable now.
         """
         r = self._runs[run]
         if r.pins <= 0:
             raise ValueError(f"run {run} is not pinned")
-        r.pins -= 1
+        r.set_pins(r.pins - 1)
         above = self._let_go(r)
-        return above.number if above is not None and above.evictable else -1
+        return -1 if above is None else above.number
 
-    def evict(self, run: int, tier: int, want: int) -> tuple[int, int, int]:
-        """Let go of up to ``want`` (at least 1) slots in ``tier``, from the run's tail; blocks that no tier holds any more are cut off.
+    def evict(self, run: int, tier: int, want: int) -> tuple[int, int, list[int], int]:
+        """Let go of up to ``want`` (at least 1) slots in ``tier``, from the run's tail. From the first block on that no tier holds
+        any more, the run is cut off, with all that is below it.
 
         Returns (slots let go, or -1 and nothing happens if the run is not evictable; how many leading blocks may still have a
-        slot in the tier; the parent if the run is gone and the parent may be evicted now, else -1).
+        slot in the tier, 0: none and the array is gone; ids of runs that left the tree; a run whose :meth:`leaves` may have changed, or -1).
         """
         r = self._runs[run]
         if want < 1:
             raise ValueError(f"cannot evict {want} slots")
-        if not r.evictable:
-            return -1, r.length, -1
+        if not r.evictable(tier):
+            return -1, r.length, [], -1
         slots = r.tier_slots(tier)
-        held = np.flatnonzero(slots >= 0)[-want:]
+        places = np.flatnonzero(slots >= 0)
+        held = places[-want:]
+        left = int(places[-want - 1]) + 1 if len(places) > want else 0
         if len(held):
             self._freed[tier].append(slots[held])
-            slots[held] = -1
-            r.slots[tier] = slots.tobytes()
-        left = int(held[0]) if len(held) == want else 0
-        self._cut_holes(r)
-        if not r.detached:
-            return len(held), left, -1
-        parent = r.parent
-        self._free(r)
-        return len(held), 0, parent.number if parent is not None and parent.evictable else -1
+        slots[left:] = NOT_THERE
+        r.set_tier(tier, slots.tobytes() if left else None)
+        gone, above = self._cut_holes(r, left)
+        return len(held), left, gone, above if gone or left else r.number
 
     def detach(self, run: int) -> list[int]:
         """Take a run and everything below it out of the tree; what nothing keeps is let go at once.
@@ -305,31 +409,78 @@ class PyRunIndex:
 
     # ---- helpers -------------------------------------------------------------------------------------------------------------
 
-    def _new(self, parent: Run | None, keys: bytes) -> Run:
-        run = Run(self._unused.pop() if self._unused else len(self._runs), parent, keys)
+    def _new(self, keys: bytes) -> Run:
+        run = Run(self._unused.pop() if self._unused else len(self._runs), keys)
         self._runs[run.number] = run
-        if parent is not None:
-            parent.children[run] = None
         return run
 
     def _forget(self, run: Run) -> None:
         del self._runs[run.number]
         self._unused.append(run.number)
 
-    def _cut_holes(self, run: Run) -> None:
-        """Cut off the tail of blocks that are in no tier; of a run without any, only the entry is left."""
-        keep = run.blocks_in_some_tier()
+    def _leaf(self, run: Run | None, tier: int) -> int:
+        while run is not None and run.slots[tier] is None:
+            run = run.parent
+        return run.number if run is not None and run.evictable(tier) else -1
+
+    def _upwards(self, run: Run, skip: int, count: int) -> list[tuple[Run, int, int]]:
+        """The pieces (run, begin, end) of ``count`` blocks that end ``skip`` blocks before the end of ``run``, deepest first."""
+        pieces = []
+        step: Run | None = run
+        end = run.length - skip
+        while count > 0 and step is not None:
+            if end > 0:
+                begin = max(0, end - count)
+                pieces.append((step, begin, end))
+                count -= end - begin
+                end = 0
+            step = step.parent
+            end += 0 if step is None else step.length
+        if count > 0:
+            raise ValueError(f"{count} blocks more than there are above run {run.number}")
+        return pieces
+
+    def _fill_piece(self, run: Run, begin: int, end: int, tier: int, slots: Slots) -> bool:
+        """Returns whether the run had nothing in the tier."""
+        if run.detached:
+            return False
+        had = run.slots[tier] is not None
+        if not had and not (slots >= 0).any():
+            return False
+        array = run.tier_slots(tier)
+        now = array[begin:end]
+        now[(slots < 0) & (now == ON_ITS_WAY)] = NOT_THERE
+        taken = (slots >= 0) & (now < 0)
+        now[taken] = slots[taken]
+        slots[taken] = NOT_THERE
+        run.set_tier(tier, array.tobytes())
+        return not had
+
+    def _cut_holes(self, run: Run, begin: int) -> tuple[list[int], int]:
+        """Cut a run, which is not busy, before its first block from ``begin`` on that no tier holds; all that is below it leaves.
+
+        Returns (runs that left, the run that is the lowest there now).
+        """
+        keep = run.first_hole(begin)
         if keep == run.length:
-            return
+            return [], -1
+        gone = [left for child in list(run.children) for left in self.detach(child.number)]
+        if keep == 0:
+            above = run.parent
+            gone += self.detach(run.number)
+            return gone, -1 if above is None else above.number
         if self._removed is not None:
             self._removed.append(run.keys[KEY_BYTES * keep :])
         self.blocks -= run.length - keep
-        if keep:
-            run.keep(0, keep)
-        else:
-            del self._heads[run.head]
-            run.slots = [None] * TIERS
-            run.detached = True
+        for tier in range(TIERS):
+            self._free_slots(run.tier_slots(tier)[keep:], tier)
+        run.keep(0, keep)
+        return gone, run.number
+
+    def _free_slots(self, slots: Slots, tier: int) -> None:
+        held = slots[slots >= 0]
+        if len(held):
+            self._freed[tier].append(held)
 
     def _leave(self, run: Run) -> None:
         """Out of the table, so that nothing finds it."""
@@ -358,12 +509,8 @@ class PyRunIndex:
     def _free(self, run: Run) -> None:
         for tier in range(TIERS):
             if run.slots[tier] is not None:
-                slots = run.tier_slots(tier)
-                held = slots[slots >= 0]
-                if len(held):
-                    self._freed[tier].append(held)
-        if run.parent is not None:
-            del run.parent.children[run]
+                self._free_slots(run.tier_slots(tier), tier)
+        run.unlink()
         self._forget(run)
 
 
@@ -373,7 +520,9 @@ def _pick() -> Any:
     if NATIVE:
         from flexkv_core.native import _native
 
-        return getattr(_native, "RunIndex", PyRunIndex)
+        native_index = getattr(_native, "RunIndex", None)
+        if hasattr(native_index, "load"):
+            return native_index
     return PyRunIndex
 
 

@@ -52,16 +52,37 @@ def bench(
     quick: Annotated[
         bool, typer.Option("--quick", help="Fewer repetitions: a smoke test, no figures.")
     ] = False,
+    blocks: Annotated[
+        int | None,
+        typer.Option("--blocks", min=1, help="Blocks to work on, for benchmarks that let one choose."),
+    ] = None,
 ) -> None:
     """Measure one part of FlexKV on this machine."""
     if name not in BENCHES:
         raise typer.BadParameter(f"no benchmark {name!r}; there are: {', '.join(BENCHES)}")
     console = Console()
     console.print(f"{name}: {BENCHES[name].summary} …", highlight=False)
-    results = run_bench(name, quick)
+    try:
+        results = run_bench(name, quick, blocks)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     console.print(results_table(name, results))
     if json_file is not None:
         write_json(json_file, results)
+
+
+@app.command()
+def fsck(
+    directory: Annotated[Path, typer.Argument(help="A directory of ssd_dirs, or a folder in it.")],
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Remove what is wrong; the directory must not be in use.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a tier.")] = False,
+) -> None:
+    """Check the SSD tier in DIRECTORY: every recorded block against its checksum. Changes nothing without --repair."""
+    from flexkv_core.cli.fsck import run_fsck
+
+    raise typer.Exit(run_fsck(directory, repair, as_json))
 
 
 def _settings_table(settings: list[Setting]) -> Table:

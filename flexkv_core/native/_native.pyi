@@ -127,3 +127,31 @@ def scatter_verify(
     keys: 16 * n bytes. crc_expected: uint32, shape [n]. ok_out: uint8, shape [n], writable; 1 where slot i was verified and copied,
     0 where it was not copied.
     """
+
+class Uring:
+    """io_uring over open files; ``flexkv_core.io.uring`` wraps it, and ``flexkv_core.io.base.IoEngine`` is its contract. It is missing
+    where the extension was built without Linux's headers; there is no twin. One thread at a time (RuntimeError otherwise)."""
+
+    def __new__(cls, files: Buffer, depth: int) -> Uring:
+        """files: int32 descriptors. depth: 1 .. 4096. OSError: EPERM, EACCES or ENOSYS where the host refuses io_uring, EOPNOTSUPP
+        where its kernel is older than 5.11."""
+
+    def register_buffers(self, pieces: Buffer) -> None:
+        """Once. pieces: int64 [start, end, start, end, …], ascending, each at most 1 GiB. OSError where the kernel refuses: operations
+        go on unregistered then. Faults untouched memory in, which takes seconds."""
+
+    def submit(self, kind: int, ops: Buffer, length: int, deadline_s: float) -> int:
+        """ops: records of IO_OP. deadline_s: negative for none. ValueError as of IoEngine.submit, and after close()."""
+
+    def wait(self, min_count: int, timeout_s: float) -> tuple[bytes, bytes]:
+        """Tags (int64) and results (int32). timeout_s: negative for none."""
+
+    def cancel(self, batch: int) -> None: ...
+    def fileno(self) -> int: ...
+    def inject(self, results: Buffer) -> None:
+        """For tests: results (int32) that the next completions report instead of the kernel's: a negative errno, or at most that many
+        bytes; 2**31 - 1 for the truth."""
+
+    def close(self) -> None: ...
+    @property
+    def pending(self) -> int: ...

@@ -1,96 +1,5 @@
 /* RunIndex: the Python face of run_tree.c. Contracts and oracle: PyRunIndex in flexkv_core/cache/radix_tree.py. */
-#include "functions.h"
-#include "run_tree.h"
-
-#include <string.h>
-
-typedef struct {
-    PyObject_HEAD
-    fk_tree tree;
-} IndexObject;
-
-#define TREE(self) (&((IndexObject *)(self))->tree)
-
-/* ---- arguments --------------------------------------------------------------------------------------------------------------- */
-
-static int expect_arguments(const char *name, Py_ssize_t given, Py_ssize_t expected) {
-    if (given == expected)
-        return 1;
-    PyErr_Format(PyExc_TypeError, "%s() takes %zd arguments, got %zd", name, expected, given);
-    return 0;
-}
-
-static int as_integer(PyObject *object, int64_t *value) {
-    *value = PyLong_AsLongLong(object);
-    return !(*value == -1 && PyErr_Occurred());
-}
-
-/* An id of a run that exists; KeyError otherwise. */
-static int as_run(fk_tree *tree, PyObject *object, int32_t *id) {
-    int64_t value;
-    if (!as_integer(object, &value))
-        return 0;
-    if (!fk_tree_has(tree, value)) {
-        PyErr_SetObject(PyExc_KeyError, object);
-        return 0;
-    }
-    *id = (int32_t)value;
-    return 1;
-}
-
-static int as_tier(PyObject *object, int *tier) {
-    int64_t value;
-    if (!as_integer(object, &value))
-        return 0;
-    if (value < 0 || value >= FK_TIERS) {
-        PyErr_SetObject(PyExc_IndexError, object);
-        return 0;
-    }
-    *tier = (int)value;
-    return 1;
-}
-
-/* A C-contiguous buffer of int32. */
-static int open_slots(Py_buffer *view, PyObject *object, int writable) {
-    if (PyObject_GetBuffer(object, view, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT | (writable ? PyBUF_WRITABLE : 0)) < 0)
-        return 0;
-    if (view->itemsize == sizeof(int32_t) && view->format && (!strcmp(view->format, "i") || !strcmp(view->format, "l")))
-        return 1;
-    PyBuffer_Release(view);
-    PyErr_SetString(PyExc_TypeError, "slots must be int32");
-    return 0;
-}
-
-static PyObject *as_bytes(const void *data, size_t bytes) {
-    return PyBytes_FromStringAndSize(data, (Py_ssize_t)bytes);
-}
-
-static PyObject *as_list(const int32_t *ids, size_t count) {
-    PyObject *list = PyList_New((Py_ssize_t)count);
-    for (size_t i = 0; list && i < count; i++) {
-        PyObject *id = PyLong_FromLong(ids[i]);
-        if (!id) {
-            Py_DECREF(list);
-            return NULL;
-        }
-        PyList_SET_ITEM(list, (Py_ssize_t)i, id);
-    }
-    return list;
-}
-
-static PyObject *three(int64_t a, int64_t b, int64_t c) {
-    PyObject *tuple = PyTuple_New(3);
-    int64_t values[3] = {a, b, c};
-    for (int i = 0; tuple && i < 3; i++) {
-        PyObject *value = PyLong_FromLongLong(values[i]);
-        if (!value) {
-            Py_DECREF(tuple);
-            return NULL;
-        }
-        PyTuple_SET_ITEM(tuple, i, value);
-    }
-    return tuple;
-}
+#include "index_arguments.h"
 
 /* ---- finding ----------------------------------------------------------------------------------------------------------------- */
 
@@ -154,9 +63,12 @@ static PyObject *index_info(PyObject *self, PyObject *run) {
                          r->pins, r->children);
 }
 
-static PyObject *index_evictable(PyObject *self, PyObject *run) {
+static PyObject *index_evictable(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     int32_t id;
-    return as_run(TREE(self), run, &id) ? PyBool_FromLong(fk_tree_evictable(TREE(self), id)) : NULL;
+    int tier;
+    if (!expect_arguments("evictable", count, 2) || !as_run(TREE(self), args[0], &id) || !as_tier(args[1], &tier))
+        return NULL;
+    return PyBool_FromLong(fk_tree_evictable(TREE(self), id, tier));
 }
 
 static PyObject *index_runs(PyObject *self, PyObject *unused) {
@@ -286,19 +198,38 @@ static PyObject *index_pin(PyObject *self, PyObject *run) {
     int32_t id;
     if (!as_run(TREE(self), run, &id))
         return NULL;
-    fk_tree_run(TREE(self), id)->pins++;
+    fk_tree_pin(TREE(self), id);
     Py_RETURN_NONE;
 }
 
 static PyObject *index_release(PyObject *self, PyObject *run) {
-    int32_t id, leaf;
+    int32_t id, above;
     if (!as_run(TREE(self), run, &id))
         return NULL;
     if (fk_tree_run(TREE(self), id)->pins <= 0)
         return PyErr_Format(PyExc_ValueError, "run %d is not pinned", id);
-    if (fk_tree_release(TREE(self), id, &leaf) != FK_DONE)
+    if (fk_tree_release(TREE(self), id, &above) != FK_DONE)
         return PyErr_NoMemory();
-    return PyLong_FromLong(leaf);
+    return PyLong_FromLong(above);
+}
+
+static PyObject *evicted(const fk_eviction *result, const fk_vector *gone) {
+    PyObject *list = as_list(gone->data, gone->used / sizeof(int32_t));
+    if (!list)
+        return NULL;
+    PyObject *values[4] = {PyLong_FromLongLong(result->freed), PyLong_FromLong(result->left), list, PyLong_FromLong(result->above)};
+    PyObject *tuple = PyTuple_New(4);
+    int complete = tuple != NULL;
+    for (int i = 0; i < 4; i++)
+        complete &= values[i] != NULL;
+    for (int i = 0; i < 4; i++)
+        if (complete)
+            PyTuple_SET_ITEM(tuple, i, values[i]);
+        else
+            Py_XDECREF(values[i]);
+    if (!complete)
+        Py_CLEAR(tuple);
+    return tuple;
 }
 
 static PyObject *index_evict(PyObject *self, PyObject *const *args, Py_ssize_t count) {
@@ -311,9 +242,11 @@ static PyObject *index_evict(PyObject *self, PyObject *const *args, Py_ssize_t c
     if (want < 1)
         return PyErr_Format(PyExc_ValueError, "cannot evict %lld slots", (long long)want);
     fk_eviction result;
-    if (fk_tree_evict(TREE(self), id, tier, want, &result) != FK_DONE)
-        return PyErr_NoMemory();
-    return three(result.freed, result.left, result.leaf);
+    fk_vector gone = {0};
+    int status = fk_tree_evict(TREE(self), id, tier, want, &result, &gone);
+    PyObject *tuple = status == FK_DONE ? evicted(&result, &gone) : PyErr_NoMemory();
+    free(gone.data);
+    return tuple;
 }
 
 static PyObject *index_detach(PyObject *self, PyObject *run) {
@@ -411,14 +344,21 @@ static PyMethodDef index_methods[] = {
     {"find", index_find, METH_O, NULL},
     {"path", index_path, METH_O, NULL},
     {"info", index_info, METH_O, NULL},
-    {"evictable", index_evictable, METH_O, NULL},
+    {"evictable", FAST(index_evictable)},
+    {"leaves", fk_index_leaves, METH_O, NULL},
+    {"holds", fk_index_holds, METH_O, NULL},
+    {"child", fk_index_child, METH_O, NULL},
     {"runs", index_runs, METH_NOARGS, NULL},
     {"keys", index_keys, METH_O, NULL},
     {"slots", FAST(index_slots)},
+    {"segment", FAST(fk_index_segment)},
+    {"missing", FAST(fk_index_missing)},
     {"insert", FAST(index_insert)},
     {"split", FAST(index_split)},
     {"merge", FAST(index_merge)},
     {"set_slots", FAST(index_set_slots)},
+    {"fill", FAST(fk_index_fill)},
+    {"load", FAST(fk_index_load)},
     {"publish", index_publish, METH_O, NULL},
     {"pin", index_pin, METH_O, NULL},
     {"release", index_release, METH_O, NULL},

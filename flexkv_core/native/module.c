@@ -35,7 +35,7 @@ PyMODINIT_FUNC PyInit__native(void) {
     if (!module)
         return NULL;
     PyObject *chosen = select_instructions(module, Py_None);
-    if (!chosen || flexkv_add_index(module) < 0) {
+    if (!chosen || flexkv_add_index(module) < 0 || flexkv_add_uring(module) < 0) {
         Py_XDECREF(chosen);
         Py_DECREF(module);
         return NULL;

@@ -6,14 +6,6 @@
 
 /* ---- small things ------------------------------------------------------------------------------------------------------------ */
 
-/* Keys are digests as a rule, but nothing depends on it: a multiplication spreads keys that differ in a few bits only. */
-static uint32_t hash_of(const uint8_t *key) {
-    uint64_t a, b;
-    memcpy(&a, key, 8);
-    memcpy(&b, key + 8, 8);
-    return (uint32_t)(((a ^ (b << 32 | b >> 32)) * 0x9E3779B97F4A7C15u) >> 32);
-}
-
 int fk_vector_reserve(fk_vector *vector, size_t more) {
     if (vector->capacity - vector->used >= more)
         return FK_DONE;
@@ -37,15 +29,15 @@ int fk_tree_has(const fk_tree *tree, int64_t id) {
     return id >= 0 && id < (int64_t)tree->chunk_count * FK_CHUNK_RUNS && fk_tree_run(tree, (int32_t)id)->used;
 }
 
-int fk_tree_evictable(const fk_tree *tree, int32_t id) {
+int fk_tree_evictable(const fk_tree *tree, int32_t id, int tier) {
     const fk_run *run = fk_tree_run(tree, id);
-    return !run->writing && !run->detached && run->pins == 0 && run->children == 0;
+    return !run->writing && !run->detached && !fk_busy(run) && run->children_in[tier] == 0;
 }
 
 /* ---- the table head -> run --------------------------------------------------------------------------------------------------- */
 
 static size_t table_place(const fk_tree *tree, const uint8_t *head) {
-    uint32_t hash = hash_of(head);
+    uint32_t hash = fk_hash_of(head);
     size_t mask = tree->table_size - 1, at = hash & mask;
     for (uint64_t entry; (entry = tree->table[at]) != 0; at = (at + 1) & mask)
         if (entry >> 32 == hash && fk_same_key(fk_tree_run(tree, (int32_t)(uint32_t)entry - 1)->head, head))
@@ -84,7 +76,7 @@ void fk_table_set(fk_tree *tree, int32_t id) {
     const uint8_t *head = fk_tree_run(tree, id)->head;
     size_t at = table_place(tree, head);
     tree->run_count += tree->table[at] == 0;
-    tree->table[at] = (uint64_t)hash_of(head) << 32 | (uint32_t)(id + 1);
+    tree->table[at] = (uint64_t)fk_hash_of(head) << 32 | (uint32_t)(id + 1);
 }
 
 /* Removes by moving later entries of the cluster back, so that no tombstones gather. */
@@ -123,6 +115,56 @@ static int32_t *first_child_of(fk_tree *tree, int32_t parent) {
     return parent < 0 ? &tree->first_root : &fk_tree_run(tree, parent)->first_child;
 }
 
+/* A child of `id` began (1) or ceased (-1) to hold slots in the tier. Climbs as far as that changes something. */
+static void child_holds(fk_tree *tree, int32_t id, int tier, int change) {
+    while (id >= 0) {
+        fk_run *run = fk_tree_run(tree, id);
+        int before = fk_holds(run, tier);
+        run->children_in[tier] += change;
+        if (fk_holds(run, tier) == before)
+            break;
+        id = run->parent;
+    }
+}
+
+static void child_is_busy(fk_tree *tree, int32_t id, int change) {
+    while (id >= 0) {
+        fk_run *run = fk_tree_run(tree, id);
+        int before = fk_busy(run);
+        run->busy_children += change;
+        if (fk_busy(run) == before)
+            break;
+        id = run->parent;
+    }
+}
+
+static void tell_parent(fk_tree *tree, const fk_run *run, int change) {
+    for (int tier = 0; tier < FK_TIERS; tier++)
+        if (fk_holds(run, tier))
+            child_holds(tree, run->parent, tier, change);
+    if (fk_busy(run))
+        child_is_busy(tree, run->parent, change);
+}
+
+void fk_set_array(fk_tree *tree, int32_t id, int tier, int32_t *slots) {
+    fk_run *run = fk_tree_run(tree, id);
+    int before = fk_holds(run, tier);
+    run->slots[tier] = slots;
+    int change = fk_holds(run, tier) - before;
+    if (change)
+        child_holds(tree, run->parent, tier, change);
+    tree->tiers |= 1u << tier;
+}
+
+void fk_set_pins(fk_tree *tree, int32_t id, int32_t pins) {
+    fk_run *run = fk_tree_run(tree, id);
+    int before = fk_busy(run);
+    run->pins = pins;
+    int change = fk_busy(run) - before;
+    if (change)
+        child_is_busy(tree, run->parent, change);
+}
+
 void fk_link_child(fk_tree *tree, int32_t parent, int32_t id) {
     fk_run *run = fk_tree_run(tree, id);
     int32_t *first = first_child_of(tree, parent);
@@ -134,6 +176,7 @@ void fk_link_child(fk_tree *tree, int32_t parent, int32_t id) {
     *first = id;
     if (parent >= 0)
         fk_tree_run(tree, parent)->children++;
+    tell_parent(tree, run, 1);
 }
 
 void fk_unlink_child(fk_tree *tree, int32_t id) {
@@ -146,6 +189,7 @@ void fk_unlink_child(fk_tree *tree, int32_t id) {
         fk_tree_run(tree, run->next)->prev = run->prev;
     if (run->parent >= 0)
         fk_tree_run(tree, run->parent)->children--;
+    tell_parent(tree, run, -1);
 }
 
 void *fk_copy_of(const void *data, size_t bytes) {

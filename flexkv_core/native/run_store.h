@@ -21,6 +21,25 @@ void fk_vector_append(fk_vector *vector, const void *data, size_t bytes); /* roo
 void fk_table_set(fk_tree *tree, int32_t id);
 void fk_table_remove(fk_tree *tree, const uint8_t *head);
 
+static inline int fk_holds(const fk_run *run, int tier) {
+    return run->slots[tier] != NULL || run->children_in[tier] > 0;
+}
+
+static inline int fk_busy(const fk_run *run) {
+    return run->pins > 0 || run->busy_children > 0;
+}
+
+static inline uint32_t fk_hash_of(const uint8_t *key) {
+    /* Keys are digests as a rule, but nothing depends on it: a multiplication spreads keys that differ in a few bits only. */
+    uint64_t a, b;
+    memcpy(&a, key, 8);
+    memcpy(&b, key + 8, 8);
+    return (uint32_t)(((a ^ (b << 32 | b >> 32)) * 0x9E3779B97F4A7C15u) >> 32);
+}
+
+/* These keep the parents' children_in and busy_children right. */
+void fk_set_array(fk_tree *tree, int32_t id, int tier, int32_t *slots); /* what was there is the caller's */
+void fk_set_pins(fk_tree *tree, int32_t id, int32_t pins);
 void fk_link_child(fk_tree *tree, int32_t parent, int32_t id);
 void fk_unlink_child(fk_tree *tree, int32_t id);
 

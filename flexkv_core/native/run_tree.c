@@ -3,42 +3,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Room in the vectors for all that this run can let go: whatever follows can't fail then. */
-static int reserve_for(fk_tree *tree, int64_t blocks) {
-    for (int tier = 0; tier < FK_TIERS; tier++)
-        if (fk_vector_reserve(&tree->freed[tier], (size_t)blocks * sizeof(int32_t)) != FK_DONE)
-            return FK_NO_MEMORY;
-    return tree->track_removed ? fk_vector_reserve(&tree->removed, (size_t)blocks * FK_KEY_BYTES) : FK_DONE;
-}
-
-/* Moves what is not -1 to the vector and leaves -1. In order: slots that are neighbours stay neighbours in the pool. */
-static void let_go(fk_vector *freed, int32_t *slots, int32_t count) {
-    int32_t *to = (int32_t *)((uint8_t *)freed->data + freed->used);
-    const int32_t *begin = to;
-    for (int32_t i = 0; i < count; i++) {
-        *to = slots[i];
-        to += slots[i] >= 0;
-        slots[i] = -1;
-    }
-    freed->used += (size_t)(to - begin) * sizeof *to;
-}
-
-/* Lets the slots go and forgets the run, which has no children and is not in the table. Needs reserve_for. */
-static void free_run(fk_tree *tree, int32_t id) {
-    fk_run *run = fk_tree_run(tree, id);
-    for (int tier = 0; tier < FK_TIERS; tier++)
-        if (run->slots[tier])
-            let_go(&tree->freed[tier], run->slots[tier], run->length);
-    fk_unlink_child(tree, id);
-    fk_forget_run(tree, id);
-}
-
-static int is_idle(const fk_run *run) {
-    return run->detached && run->pins == 0 && run->children == 0;
-}
-
-/* ---- finding and shaping ----------------------------------------------------------------------------------------------------- */
-
 /* How many of the run's first `limit` keys equal the query's; the first one is known to be equal. Legal because keys are chained. */
 static int32_t agreement(const fk_run *run, const uint8_t *keys, int32_t limit) {
     int32_t low = 1, high = limit;
@@ -118,6 +82,7 @@ int fk_tree_insert(fk_tree *tree, int32_t parent, const uint8_t *keys, int32_t l
     fk_run *run = fk_tree_run(tree, made);
     run->writing = 1;
     run->pins = 1;
+    tree->tiers |= 1u << tier;
     fk_link_child(tree, parent, made);
     fk_table_set(tree, made);
     tree->blocks += length;
@@ -224,153 +189,89 @@ int fk_tree_merge(fk_tree *tree, int32_t id, int64_t blocks_max, int32_t *absorb
     return FK_DONE;
 }
 
-int fk_tree_set_slots(fk_tree *tree, int32_t id, int tier, int32_t at, const int32_t *slots, int32_t count) {
+/* The run's slots in a tier; an array of -1 where there was none. NULL: no memory. */
+static int32_t *array_of(fk_tree *tree, int32_t id, int tier) {
     fk_run *run = fk_tree_run(tree, id);
     if (!run->slots[tier]) {
-        run->slots[tier] = malloc((size_t)run->capacity * sizeof *slots);
-        if (!run->slots[tier])
-            return FK_NO_MEMORY;
-        memset(run->slots[tier], 0xff, (size_t)run->capacity * sizeof *slots); /* -1 */
+        int32_t *slots = malloc((size_t)run->capacity * sizeof *slots);
+        if (!slots)
+            return NULL;
+        memset(slots, 0xff, (size_t)run->capacity * sizeof *slots); /* -1 */
+        fk_set_array(tree, id, tier, slots);
     }
-    memcpy(run->slots[tier] + at, slots, (size_t)count * sizeof *slots);
+    return run->slots[tier];
+}
+
+int fk_tree_set_slots(fk_tree *tree, int32_t id, int tier, int32_t at, const int32_t *slots, int32_t count) {
+    int32_t *array = array_of(tree, id, tier);
+    if (!array)
+        return FK_NO_MEMORY;
+    memcpy(array + at, slots, (size_t)count * sizeof *slots);
     return FK_DONE;
 }
 
-int fk_tree_release(fk_tree *tree, int32_t id, int32_t *leaf) {
-    fk_tree_run(tree, id)->pins--;
-    while (id >= 0 && is_idle(fk_tree_run(tree, id))) {
-        fk_run *run = fk_tree_run(tree, id);
-        int32_t parent = run->parent;
-        if (reserve_for(tree, run->length) != FK_DONE)
-            return FK_NO_MEMORY; /* the pin is gone; the run stays, detached, until its parent or a reset lets it go */
-        free_run(tree, id);
-        id = parent;
-    }
-    *leaf = id >= 0 && fk_tree_evictable(tree, id) ? id : -1;
-    return FK_DONE;
-}
-
-/* ---- letting go -------------------------------------------------------------------------------------------------------------- */
-
-static int in_some_tier(const fk_run *run, int32_t block) {
-    for (int tier = 0; tier < FK_TIERS; tier++)
-        if (run->slots[tier] && run->slots[tier][block] >= 0)
+static int any_slot(const int32_t *slots, int32_t count) {
+    for (int32_t i = 0; i < count; i++)
+        if (slots[i] >= 0)
             return 1;
     return 0;
 }
 
-static void shrink_arrays(fk_run *run) {
-    for (int tier = 0; tier < FK_TIERS; tier++)
-        if (run->slots[tier]) {
-            int32_t *slots = realloc(run->slots[tier], (size_t)run->length * sizeof *slots);
-            if (slots)
-                run->slots[tier] = slots;
-        }
-    uint8_t *keys = realloc(run->keys, (size_t)run->length * FK_KEY_BYTES);
-    if (keys)
-        run->keys = keys;
-    run->capacity = run->length;
-}
-
-static int only_tier(const fk_run *run, int tier) {
-    for (int other = 0; other < FK_TIERS; other++)
-        if (other != tier && run->slots[other])
-            return 0;
-    return 1;
-}
-
-/* `tier` has let go of all blocks from `left` on. Cuts off the tail of blocks that no tier holds; forgets a run of which nothing is
- * left. Returns whether the run is gone. */
-static int cut_holes(fk_tree *tree, int32_t id, int tier, int32_t left) {
-    fk_run *run = fk_tree_run(tree, id);
-    int32_t keep = only_tier(run, tier) ? left : run->length;
-    while (keep > 0 && !in_some_tier(run, keep - 1))
-        keep--;
-    if (tree->track_removed && keep < run->length)
-        fk_vector_append(&tree->removed, run->keys + (size_t)FK_KEY_BYTES * (size_t)keep, (size_t)(run->length - keep) * FK_KEY_BYTES);
-    tree->blocks -= run->length - keep;
-    run->length = keep;
-    if (keep == 0) {
-        fk_table_remove(tree, run->head);
-        free_run(tree, id);
-        return 1;
-    }
-    fk_set_ends(run);
-    if (keep <= run->capacity / 2)
-        shrink_arrays(run);
-    return 0;
-}
-
-int fk_tree_evict(fk_tree *tree, int32_t id, int tier, int64_t want, fk_eviction *result) {
-    fk_run *run = fk_tree_run(tree, id);
-    *result = (fk_eviction){-1, run->length, -1};
-    if (!fk_tree_evictable(tree, id))
+/* Blocks [begin, end) of one run. */
+static int fill_piece(fk_tree *tree, int32_t id, int32_t begin, int32_t end, int tier, int32_t *slots, fk_vector *gained) {
+    const fk_run *run = fk_tree_run(tree, id);
+    int had = run->slots[tier] != NULL;
+    if (run->detached || (!had && !any_slot(slots, end - begin)))
         return FK_DONE;
-    if (reserve_for(tree, run->length) != FK_DONE)
+    if (!had && fk_vector_reserve(gained, sizeof id) != FK_DONE)
         return FK_NO_MEMORY;
-    int32_t *slots = run->slots[tier], parent = run->parent, left = slots ? run->length : 0;
-    int64_t freed = 0;
-    while (left > 0 && freed < want)
-        freed += slots[--left] >= 0;
-    if (slots)
-        let_go(&tree->freed[tier], slots + left, run->length - left);
-    int gone = cut_holes(tree, id, tier, left);
-    result->freed = freed;
-    result->left = gone ? 0 : left;
-    result->leaf = gone && parent >= 0 && fk_tree_evictable(tree, parent) ? parent : -1;
-    return FK_DONE;
-}
-
-/* Down before sideways, without a stack: a path may be thousands of runs deep. */
-static int32_t next_down(const fk_tree *tree, int32_t root, int32_t id) {
-    const fk_run *run = fk_tree_run(tree, id);
-    if (run->first_child >= 0)
-        return run->first_child;
-    for (; id != root; id = run->parent, run = fk_tree_run(tree, id))
-        if (run->next >= 0)
-            return run->next;
-    return -1;
-}
-
-static int32_t deepest_first(const fk_tree *tree, int32_t id) {
-    for (int32_t child; (child = fk_tree_run(tree, id)->first_child) >= 0;)
-        id = child;
-    return id;
-}
-
-/* Children before their parent. */
-static int32_t next_up(const fk_tree *tree, int32_t root, int32_t id) {
-    if (id == root)
-        return -1;
-    const fk_run *run = fk_tree_run(tree, id);
-    return run->next >= 0 ? deepest_first(tree, run->next) : run->parent;
-}
-
-static void leave(fk_tree *tree, fk_run *run) {
-    fk_table_remove(tree, run->head);
-    run->detached = 1;
-    tree->blocks -= run->length;
-    if (tree->track_removed && !run->writing)
-        fk_vector_append(&tree->removed, run->keys, (size_t)run->length * FK_KEY_BYTES);
-}
-
-int fk_tree_detach(fk_tree *tree, int32_t root, fk_vector *left) {
-    int64_t blocks = 0, runs = 0;
-    for (int32_t id = root; id >= 0; id = next_down(tree, root, id), runs++)
-        blocks += fk_tree_run(tree, id)->length;
-    if (reserve_for(tree, blocks) != FK_DONE || fk_vector_reserve(left, (size_t)runs * sizeof(int32_t)) != FK_DONE)
+    int32_t *array = array_of(tree, id, tier);
+    if (!array)
         return FK_NO_MEMORY;
-    for (int32_t id = root; id >= 0; id = next_down(tree, root, id)) {
-        fk_run *run = fk_tree_run(tree, id);
-        if (run->detached)
-            continue;
-        leave(tree, run);
-        fk_vector_append(left, &id, sizeof id);
-    }
-    for (int32_t id = deepest_first(tree, root), next; id >= 0; id = next) {
-        next = next_up(tree, root, id);
-        if (is_idle(fk_tree_run(tree, id)))
-            free_run(tree, id);
+    if (!had)
+        fk_vector_append(gained, &id, sizeof id);
+    for (int32_t i = 0; i < end - begin; i++) {
+        int32_t *now = array + begin + i;
+        if (slots[i] >= 0 && *now < 0) {
+            *now = slots[i];
+            slots[i] = FK_NOT_THERE;
+        } else if (slots[i] < 0 && *now == FK_ON_ITS_WAY) {
+            *now = FK_NOT_THERE;
+        }
     }
     return FK_DONE;
+}
+
+int fk_tree_fill(fk_tree *tree, int32_t id, int64_t skip, int tier, int32_t *slots, int64_t count, fk_vector *gained) {
+    int64_t there = -skip;
+    for (int32_t step = id; step >= 0 && there < count; step = fk_tree_run(tree, step)->parent)
+        there += fk_tree_run(tree, step)->length;
+    if (there < count)
+        return FK_TOO_FEW;
+    int64_t end = fk_tree_run(tree, id)->length - skip; /* where the piece ends in this run; not positive: it ends further up */
+    int status = FK_DONE;
+    while (count > 0 && status == FK_DONE) {
+        if (end > 0) {
+            int64_t begin = end > count ? end - count : 0;
+            count -= end - begin;
+            status = fill_piece(tree, id, (int32_t)begin, (int32_t)end, tier, slots + count, gained);
+            end = 0;
+        }
+        id = fk_tree_run(tree, id)->parent;
+        end += id >= 0 ? fk_tree_run(tree, id)->length : 0;
+    }
+    return status;
+}
+
+int64_t fk_tree_missing(const fk_tree *tree, int32_t id, int have, int lack, int64_t *at, int64_t limit) {
+    const fk_run *run = fk_tree_run(tree, id);
+    const int32_t *there = run->slots[have], *lacking = run->slots[lack];
+    int64_t begin = there ? *at : run->length, end;
+    while (begin < run->length && (there[begin] < 0 || (lacking && lacking[begin] != FK_NOT_THERE)))
+        begin++;
+    for (end = begin; end < run->length && end - begin < limit; end++)
+        if (there[end] < 0 || (lacking && lacking[end] != FK_NOT_THERE))
+            break;
+    *at = begin;
+    return end - begin;
 }

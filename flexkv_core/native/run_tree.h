@@ -8,6 +8,8 @@
 
 #define FK_KEY_BYTES 16
 #define FK_TIERS 3
+#define FK_NOT_THERE (-1)
+#define FK_ON_ITS_WAY (-2) /* in place of a slot; see ON_ITS_WAY in flexkv_core/cache/run.py */
 
 /* A match reads the first 64 bytes of each run that it passes, and the slots. Head and tail are copies of the first and the last key:
  * without them each comparison would wait for one more line of memory. */
@@ -18,12 +20,14 @@ typedef struct {
     int32_t parent;      /* -1: the root */
     int32_t first_child; /* -1: none; of an unused entry: the next unused one */
     uint8_t used, writing, detached;
-    int32_t *slots[FK_TIERS]; /* `capacity` entries; NULL while the tier never held a block of this run */
+    int32_t *slots[FK_TIERS]; /* `capacity` entries; NULL: the tier holds none of them */
     uint8_t *keys;            /* `capacity` keys */
     int32_t capacity;         /* >= length: a trimmed tail is cut off when half of the room is unused */
     int32_t next, prev;       /* siblings */
     int32_t children;
     int32_t pins;
+    int32_t children_in[FK_TIERS]; /* children that hold slots in the tier, themselves or below them */
+    int32_t busy_children;         /* children that are pinned, themselves or below them */
 } fk_run;
 
 typedef struct {
@@ -41,6 +45,7 @@ typedef struct {
     size_t run_count;  /* attached runs = entries of the table */
     int64_t blocks;    /* in attached runs */
     int track_removed;
+    unsigned tiers; /* bits of those that were ever used */
     fk_vector freed[FK_TIERS]; /* int32 slots that were let go */
     fk_vector removed;         /* keys of published blocks that left */
 } fk_tree;
@@ -53,11 +58,18 @@ typedef struct {
 typedef struct {
     int64_t freed; /* -1: not evictable, nothing was done */
     int32_t left;
-    int32_t leaf;
+    int32_t above;
 } fk_eviction;
 
+typedef struct {
+    const int32_t *slots;
+    const uint8_t *keys, *parents;
+    const int64_t *ages;
+    int32_t count;
+} fk_blocks;
+
 /* All that return int: 0 = done, FK_NO_MEMORY = nothing was changed. Ids must be of used runs (fk_tree_has). */
-enum { FK_DONE = 0, FK_NO_MEMORY = -2 };
+enum { FK_DONE = 0, FK_NO_MEMORY = -2, FK_TOO_FEW = -3 };
 
 int fk_tree_init(fk_tree *tree, int track_removed);
 void fk_tree_destroy(fk_tree *tree);
@@ -73,11 +85,20 @@ int fk_tree_insert(fk_tree *tree, int32_t parent, const uint8_t *keys, int32_t l
 int fk_tree_split(fk_tree *tree, int32_t id, int32_t at, int32_t *head_id);
 int fk_tree_merge(fk_tree *tree, int32_t id, int64_t blocks_max, int32_t *absorbed); /* *absorbed = -1: not possible */
 int fk_tree_set_slots(fk_tree *tree, int32_t id, int tier, int32_t at, const int32_t *slots, int32_t count);
-int fk_tree_release(fk_tree *tree, int32_t id, int32_t *leaf);
-int fk_tree_evict(fk_tree *tree, int32_t id, int tier, int64_t want, fk_eviction *result);
-/* Appends the ids that left the tree to `left` (int32). */
-int fk_tree_detach(fk_tree *tree, int32_t id, fk_vector *left);
-int fk_tree_evictable(const fk_tree *tree, int32_t id);
+/* Settles `count` blocks that end `skip` blocks before the end of the run, upwards; slots that the tree took become -1. Appends the runs that
+ * gained the tier to `gained` (int32). FK_NO_MEMORY: some may be settled and others not. FK_TOO_FEW: there are not so many blocks. */
+int fk_tree_fill(fk_tree *tree, int32_t id, int64_t skip, int tier, int32_t *slots, int64_t count, fk_vector *gained);
+/* The tree must be empty. Appends positions that were dropped (int32), ids of the runs (int32) and the newest age of each (int64). */
+int fk_tree_load(fk_tree *tree, int tier, const fk_blocks *blocks, fk_vector *dropped, fk_vector *ids, fk_vector *newest);
+void fk_tree_pin(fk_tree *tree, int32_t id);
+int fk_tree_release(fk_tree *tree, int32_t id, int32_t *above); /* *above: the run, or the nearest above it that is left, or -1 */
+/* Appends the ids that left the tree to `gone` (int32). */
+int fk_tree_evict(fk_tree *tree, int32_t id, int tier, int64_t want, fk_eviction *result, fk_vector *gone);
+int fk_tree_detach(fk_tree *tree, int32_t id, fk_vector *gone);
+int fk_tree_evictable(const fk_tree *tree, int32_t id, int tier);
+int32_t fk_tree_leaf(const fk_tree *tree, int32_t id, int tier);
+/* The first stretch of blocks from *at on that are in tier `have` and not in `lack`, at most `limit`; returns its length, 0: none. */
+int64_t fk_tree_missing(const fk_tree *tree, int32_t id, int have, int lack, int64_t *at, int64_t limit);
 size_t fk_tree_memory(const fk_tree *tree);
 
 int fk_vector_reserve(fk_vector *vector, size_t more);

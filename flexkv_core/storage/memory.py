@@ -6,7 +6,7 @@ the size of ``/dev/shm`` nor a container's limit on it applies.
 
 ::
 
-    segment = [checksums: uint32 [slot_count, shard_count], padded to 2 MiB] [slot 0] [slot 1] …
+    segment = [arrivals: uint64 [slot_count]] [checksums: uint32 [slot_count, shard_count]] padding to 2 MiB, [slot 0] [slot 1] …
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class HostSegment:
 
     Attributes:
         address: of slot 0.
+        arrivals: uint64 [slot_count], which op last brought bytes from a lower tier into a slot, see :func:`arrival_mark`.
         checksums: uint32 [slot_count, shard_count], CRC32C of each shard's image, seeded with the block's key.
     """
 
@@ -68,7 +69,8 @@ class HostSegment:
         view = np.frombuffer(self._map, dtype=np.uint8)
         self._base = int(view.ctypes.data)
         self.address = self._base + header
-        count = slot_count * layout.shard_count
+        self.arrivals: npt.NDArray[np.uint64] = view[: slot_count * 8].view(np.uint64)
+        view, count = view[slot_count * 8 :], slot_count * layout.shard_count
         self.checksums: npt.NDArray[np.uint32] = (
             view[: count * 4].view(np.uint32).reshape(slot_count, layout.shard_count)
         )
@@ -122,6 +124,7 @@ class HostSegment:
             self._populator.join()
         if self._fd < 0:
             return
+        self.arrivals = np.empty(0, np.uint64)
         self.checksums = np.empty((0, 0), np.uint32)
         os.close(self._fd)
         self._fd = -1
@@ -147,9 +150,14 @@ class HostSegment:
                 return
 
 
+def arrival_mark(op_id: int, ok: bool) -> int:
+    """What ``arrivals`` holds for a slot once op ``op_id`` has read it from a lower tier, or has failed to."""
+    return op_id << 2 | (1 if ok else 2)
+
+
 def header_bytes(slot_count: int, layout: KVLayout) -> int:
-    """Bytes of the checksum table, whole huge pages."""
-    return -(-slot_count * layout.shard_count * 4 // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+    """Bytes of the two tables, whole huge pages."""
+    return -(-slot_count * _slot_header_bytes(layout) // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
 
 
 def segment_bytes(slot_count: int, layout: KVLayout) -> int:
@@ -159,8 +167,8 @@ def segment_bytes(slot_count: int, layout: KVLayout) -> int:
 
 
 def slots_within(capacity_bytes: int, layout: KVLayout) -> int:
-    """How many slots a budget of ``capacity_bytes`` holds; the checksum table counts."""
-    return max(0, (capacity_bytes - HUGE_PAGE_BYTES) // (layout.slot_bytes + 4 * layout.shard_count))
+    """How many slots a budget of ``capacity_bytes`` holds; the tables count."""
+    return max(0, (capacity_bytes - HUGE_PAGE_BYTES) // (layout.slot_bytes + _slot_header_bytes(layout)))
 
 
 def check_capacity(size: int, huge_pages: bool) -> None:
@@ -199,6 +207,10 @@ def available_bytes() -> int:
         if limit != "max":
             available = min(available, int(limit) - int(usage))
     return max(0, available)
+
+
+def _slot_header_bytes(layout: KVLayout) -> int:
+    return 8 + 4 * layout.shard_count
 
 
 def _meminfo(name: str) -> int:

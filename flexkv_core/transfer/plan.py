@@ -26,6 +26,7 @@ class TransferOp:
         slots: int32 [n], host slots.
         blocks: int64 [n * blocks_per_slot], device blocks, those of slot *i* at ``i * blocks_per_slot``; in a LOAD, -1
             leaves that part of the slot out.
+        awaited: bool [n], in a LOAD: slots that are being read from a lower tier; each is copied when the segment's ``arrivals`` say so.
     """
 
     op_id: int
@@ -33,11 +34,19 @@ class TransferOp:
     keys: bytes
     slots: Slots
     blocks: BlockIds
+    awaited: npt.NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
         assert len(self.keys) == KEY_BYTES * len(self.slots), (len(self.keys), len(self.slots))
         assert len(self.slots) > 0
         assert len(self.blocks) % len(self.slots) == 0, (len(self.blocks), len(self.slots))
+        assert self.awaited is None or len(self.awaited) == len(self.slots)
+
+    def part(self, indices: npt.NDArray[np.intp]) -> TransferOp:
+        """The copies of some slots, in the order of ``indices``; nothing of it is awaited."""
+        keys = np.frombuffer(self.keys, np.uint8).reshape(-1, KEY_BYTES)[indices].tobytes()
+        blocks = self.blocks.reshape(len(self.slots), -1)[indices].ravel()
+        return TransferOp(self.op_id, self.direction, keys, self.slots[indices], blocks)
 
 
 class OpStatus(Enum):

@@ -15,6 +15,7 @@ from flexkv_core.config import FlexKVConfig
 from flexkv_core.errors import ConfigError, LayoutError
 from flexkv_core.layout import DeviceSegments, KVLayout
 from flexkv_kernels.copier import segments_of
+from flexkv_vllm.compat.weights import weights_identity
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -101,6 +102,8 @@ def identity(
         "engine_version": vllm.__version__,
         "model": config.model_id or model.model,
         "revision": config.model_revision or model.revision,
+        # A name of the user's own stands for the weights too; otherwise they are looked at.
+        "weights": None if config.model_id else weights_identity(model.model, model.revision),
         "quantization": model.quantization,
         "weights_dtype": str(model.dtype),
         "kv_dtype": str(cache.cache_dtype),

@@ -21,7 +21,7 @@ class StepMetadata(KVConnectorMetadata):
         stores: started after the step's forward.
         wait_before: stores that must end before the step begins: their blocks were taken away by a preemption.
         releases: finished request -> the stores that its blocks are held for.
-        unloadable: request -> device blocks of a load that cannot be had; they are reported as failed.
+        unloadable: request -> device blocks that were promised and cannot be loaded; they are reported as failed.
         idle: the step computes nothing, so that a worker may wait a little for its copies.
     """
 

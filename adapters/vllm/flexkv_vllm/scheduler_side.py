@@ -8,6 +8,8 @@ the request's until it has ended, because a finished request is held back and a 
 from __future__ import annotations
 
 import logging
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -84,6 +86,9 @@ class SchedulerSide:
         self._requests: dict[str, _RequestState] = {}
         self._releases: dict[str, frozenset[int]] = {}
         self._unloadable: dict[str, tuple[int, ...]] = {}
+        self._ended: deque[Callable[[], None]] = (
+            deque()
+        )  # what tasks report, on any thread, until the next call
 
     # A request's way in
 
@@ -118,21 +123,26 @@ class SchedulerSide:
             : first_device_block - start * self._per_slot
         ] = -1  # these the device holds already, maybe shared
         task_id, count = self.manager.get_keys(
-            state.chain.keys(state.hit_blocks), start, partial(self._load_ended, request.request_id)
+            state.chain.keys(state.hit_blocks),
+            start,
+            lambda done: self._ended.append(partial(self._load_ended, request.request_id, done)),
         )
-        state.loading = task_id
-        if count == state.hit_blocks - start:
-            self.manager.launch_blocks(task_id, wanted)
-            return
+        found = wanted[: count * self._per_slot]
         if count:
-            self.manager.cancel(task_id)
-        state.loading, state.load_failed = None, True
-        self._unloadable[request.request_id] = tuple(int(block) for block in wanted if block >= 0)
+            state.loading = task_id
+            self.manager.launch_blocks(task_id, found)
+        if count < state.hit_blocks - start:
+            # Less than was promised: host memory has no room for what the SSD holds. The rest counts as failed and is computed.
+            state.load_failed = True
+            self._unloadable[request.request_id] = tuple(
+                int(block) for block in wanted[len(found) :] if block >= 0
+            )
 
     # Each step
 
     def build_metadata(self, output: SchedulerOutput) -> StepMetadata:
         """Plan the stores of what this step computes, and pack everything for the workers."""
+        self._take_ended()
         wait_before = self._take_back_preempted(output)
         self._follow_blocks(output)
         for request_id, scheduled in output.num_scheduled_tokens.items():
@@ -156,11 +166,13 @@ class SchedulerSide:
         """What the workers reported."""
         for op_id, of_ranks in results.results.items():
             self._executor.report(op_id, of_ranks)
+        self._take_ended()
 
     # A request's way out
 
     def finished(self, request: Request, device_blocks: list[int]) -> bool:
         """Store what is left; True when the blocks must be kept until the workers have named the request."""
+        self._take_ended()
         state = self._requests.get(request.request_id)
         if state is None:
             return False
@@ -207,6 +219,10 @@ class SchedulerSide:
             self._requests[request.request_id] = state
         return state
 
+    def _take_ended(self) -> None:
+        while self._ended:
+            self._ended.popleft()()
+
     def _take_back_preempted(self, output: SchedulerOutput) -> frozenset[int]:
         """Stores of requests that were preempted: their blocks may be overwritten by this very step."""
         pending: set[int] = set()
@@ -245,8 +261,9 @@ class SchedulerSide:
             return
         state.chain.extend(token_list(request), full * self._block_tokens)
         state.planned_blocks = full
-        done = partial(self._store_ended, state)
-        task_id, start, count = self.manager.put_keys(state.chain.keys(full), done)
+        task_id, start, count = self.manager.put_keys(
+            state.chain.keys(full), lambda done: self._ended.append(partial(self._store_ended, state, done))
+        )
         if not count:
             return
         state.stores[task_id] = start

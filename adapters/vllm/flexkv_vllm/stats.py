@@ -30,6 +30,11 @@ _COUNTERS = {
     "corrupt_blocks": "Blocks whose checksum did not match; each was recomputed.",
     "failed_loads": "Loads that failed and were recomputed.",
     "failed_stores": "Stores that failed or were refused.",
+    "ssd_read_blocks": "Blocks read from the SSD.",
+    "ssd_written_blocks": "Blocks written to the SSD.",
+    "ssd_corrupt_blocks": "Blocks on the SSD whose checksum did not match; each is quarantined.",
+    "ssd_evicted_blocks": "Blocks that left the SSD to make room.",
+    "ssd_restarts": "Times that the storage process was started again.",
     "dropped_blocks": "Blocks that found no room.",
 }
 assert _COUNTERS.keys() == {field.name for field in fields(Counters)}

@@ -86,8 +86,9 @@ class WorkerSide:
     def start_loads(self, metadata: StepMetadata) -> None:
         """Submit the step's loads."""
         for request_id, blocks in metadata.unloadable.items():
-            self._loaded.add(request_id)
             self._failed_blocks.update(blocks)
+            if request_id not in metadata.loads:
+                self._loaded.add(request_id)
         for request_id, op in metadata.loads.items():
             self._loads[op.op_id] = (request_id, op)
             self._submit(op, metadata)

@@ -27,9 +27,9 @@ class LRUPolicy(EvictionPolicy):
 
     def remove(self, run: int) -> None:
         """Out of the order, or of the parked."""
-        try:
+        if run in self._order:
             del self._order[run]
-        except KeyError:
+        else:
             self._parked.discard(run)
 
     def touch(self, path: Sequence[int]) -> None:

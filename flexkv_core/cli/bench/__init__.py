@@ -7,6 +7,7 @@ is one module and one entry of :data:`BENCHES`.
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -60,6 +61,17 @@ BENCHES: dict[str, Bench] = {
         "gather and scatter of paged blocks against one contiguous memcpy",
         {f"{way}_{size}_ratio": Bar(">=", 0.9) for size in ("16k", "64k") for way in ("gather", "scatter")},
     ),
+    "ssd": Bench(
+        "flexkv_core.cli.bench.ssd",
+        "reads and writes of blocks on a disk, in turns with fio, and with a busy Python thread",
+        {f"{way}_{size}_ratio": Bar(">=", 0.95) for size in ("256k", "1m", "4m") for way in ("read", "write")}
+        | {f"read_{size}_busy_gil_ratio": Bar(">=", 0.9) for size in ("256k", "1m")},
+    ),
+    "restart": Bench(
+        "flexkv_core.cli.bench.restart",
+        "from the start of a process to a warm tree, the SSD tier full",
+        {"seconds_per_million_blocks": Bar("<=", 2)},
+    ),
     "overhead": Bench(
         "flexkv_core.cli.bench.overhead",
         "time to first token of requests that miss, two real vLLM servers in turns, with and without FlexKV",
@@ -68,10 +80,19 @@ BENCHES: dict[str, Bench] = {
 }
 
 
-def run_bench(name: str, quick: bool = False) -> Results:
-    """Run the benchmark ``name`` (a key of :data:`BENCHES`). ``quick`` asks for a smoke test whose figures mean little."""
-    run: Callable[[bool], Results] = importlib.import_module(BENCHES[name].module).run
-    return run(quick)
+def run_bench(name: str, quick: bool = False, blocks: int | None = None) -> Results:
+    """Run the benchmark ``name`` (a key of :data:`BENCHES`). ``quick`` asks for a smoke test whose figures mean little; ``blocks`` sets
+    the size where the benchmark has one.
+
+    Raises:
+        ValueError: ``blocks`` was given and this benchmark has no such size.
+    """
+    run: Callable[..., Results] = importlib.import_module(BENCHES[name].module).run
+    if blocks is None:
+        return run(quick)
+    if "blocks" not in inspect.signature(run).parameters:
+        raise ValueError(f"{name} has no number of blocks to choose")
+    return run(quick, blocks=blocks)
 
 
 def results_table(name: str, results: Results) -> Table:

@@ -1,4 +1,5 @@
-"""The demo's measurement: each question is recomputed once, then asked in turns with and without the engine's own cache."""
+"""The demo's measurement: each question is recomputed once, then asked in turns with and without the engine's own cache; others are asked
+again after the server was stopped, and after it was killed."""
 
 from __future__ import annotations
 
@@ -11,12 +12,13 @@ from flexkv_core.cli.harness.client import Completion, VllmClient
 from flexkv_core.cli.harness.document import Document, make_document, prompt_text
 
 ANSWER_TOKENS = 24
-_PROMPT_TOKENS = 3300
+_PROMPT_TOKENS = 4000
 _SPARE_TOKENS = 100  # documents of as many entries differ by a few tokens
 _EXTERNAL_HITS = ("vllm:external_prefix_cache_hits_total", "vllm:flexkv_hit_tokens_total")
 """What vLLM says it took from a connector, and what FlexKV says it gave; the smaller growth counts."""
 _WARM_UP_SEED = 1
 _DOCUMENT_SEED = 2
+_OTHER_DOCUMENTS_SEED = 10
 _SETTLE_ROUNDS = 1
 """Turns of the warm-up prompt, so that no one-time cost of either path falls on a question."""
 
@@ -27,13 +29,22 @@ class State(Enum):
     RECOMPUTE = "recomputed"
     DEVICE_HIT = "engine's own cache"
     HOST_HIT = "FlexKV, host memory"
+    SSD_HIT = "FlexKV, SSD, after a restart"
+    SSD_HIT_AFTER_KILL = "FlexKV, SSD, after SIGKILL"
+
+
+SSD_STATES = (State.SSD_HIT, State.SSD_HIT_AFTER_KILL)
 
 
 @dataclass(frozen=True)
 class Ask:
-    """One question asked once. ``external_tokens`` are the tokens that the engine took from FlexKV for it."""
+    """One question asked once. ``external_tokens`` are the tokens that the engine took from FlexKV for it.
+
+    ``question`` numbers the prompts; ``text`` is what was asked.
+    """
 
     question: int
+    text: str
     state: State
     answer: Completion
     external_tokens: int
@@ -43,12 +54,11 @@ class Ask:
 class Report:
     """All that was asked, and what follows from it."""
 
-    document: Document
     asks: tuple[Ask, ...]
 
-    def ttft_ms(self, state: State) -> float:
-        """Median time to the first token in this state."""
-        return statistics.median(ask.answer.ttft_ms for ask in self._of(state))
+    def ttft_ms(self, *states: State) -> float:
+        """Median time to the first token in these states."""
+        return statistics.median(ask.answer.ttft_ms for state in states for ask in self._of(state))
 
     def cached_tokens(self, state: State) -> int:
         """Median number of prompt tokens that the engine did not compute."""
@@ -78,56 +88,90 @@ class Report:
         if any(ask.external_tokens for ask in self._of(State.DEVICE_HIT)):
             found.append("a question that the engine's own cache should have served took tokens from FlexKV")
         wanted = self.cached_tokens(State.DEVICE_HIT)
-        for ask in self._of(State.HOST_HIT):
-            if ask.external_tokens == 0 or ask.external_tokens < wanted // 2:
-                found.append(
-                    f"question {ask.question + 1}: FlexKV served {ask.external_tokens} tokens of {wanted}"
-                )
-        if self.ttft_ms(State.HOST_HIT) >= self.ttft_ms(State.RECOMPUTE):
-            found.append("a hit in host memory was not faster than recomputing")
+        for state in (State.HOST_HIT, *SSD_STATES):
+            for ask in self._of(state):
+                if ask.external_tokens == 0 or ask.external_tokens < wanted // 2:
+                    found.append(
+                        f"question {ask.question + 1}, {state.value}: FlexKV served {ask.external_tokens} tokens"
+                        f" of {wanted}"
+                    )
+            if self.ttft_ms(state) >= self.ttft_ms(State.RECOMPUTE):
+                found.append(f"a hit was not faster than recomputing: {state.value}")
         return found
 
     def _of(self, state: State) -> Iterator[Ask]:
         return (ask for ask in self.asks if ask.state is state)
 
 
-def measure(client: VllmClient, questions: int, rounds: int, progress: Callable[[str], None]) -> Report:
-    """Asks ``questions`` questions about one document; each hit is measured ``rounds`` times, device and host in turns.
+class Course:
+    """What is asked, in order: :meth:`first_act` and :meth:`prepare_restart` on one server, :meth:`after_restart` on each of the next.
 
-    ``progress`` is called with a line before each question. The document is cut to fit a model with a short context.
+    ``progress`` is called with a line before each question. The documents are cut to fit a model with a short context.
     """
-    lights = _lights_that_fit(client, questions)
-    progress("warming up with another document")
-    warm_up = make_document(_WARM_UP_SEED, lights, questions)
-    list(_ask_in_turns(client, _prompt(client, warm_up, 0), 0, _SETTLE_ROUNDS))
-    document = make_document(_DOCUMENT_SEED, lights, questions)
-    asks: list[Ask] = []
-    for question in range(questions):
-        prompt = _prompt(client, document, question)
-        progress(
-            f"question {question + 1} of {questions} ({len(prompt)} tokens): {document.questions[question]}"
-        )
-        asks += _ask_in_turns(client, prompt, question, rounds)
-    return Report(document, tuple(asks))
+
+    def __init__(self, questions: int, rounds: int, progress: Callable[[str], None]) -> None:
+        self._questions, self._rounds, self._progress = questions, rounds, progress
+        self._lights = 0
+        self.asks: list[Ask] = []
+
+    def first_act(self, client: VllmClient) -> None:
+        """Several questions about one document; each hit is measured ``rounds`` times, device and host in turns."""
+        self._lights = _lights_that_fit(client, self._questions)
+        self._warm_up(client)
+        document = self._document(_DOCUMENT_SEED)
+        for question in range(self._questions):
+            prompt, text = _prompt(client, document, question), document.questions[question]
+            self._progress(f"question {question + 1} of {self._questions} ({len(prompt)} tokens): {text}")
+            self.asks += _ask_in_turns(client, prompt, question, text, self._rounds)
+
+    def prepare_restart(self, client: VllmClient) -> None:
+        """One question about each of several documents, so that each can be found once on the SSD after a restart."""
+        self._progress(f"asking about {self._questions} other documents, which go to the SSD")
+        self._ask_about_others(client, State.RECOMPUTE)
+
+    def after_restart(self, client: VllmClient, state: State) -> None:
+        """The same questions as in :meth:`prepare_restart`, to a server that has just started."""
+        self._warm_up(client)
+        self._ask_about_others(client, state)
+
+    def _ask_about_others(self, client: VllmClient, state: State) -> None:
+        for number in range(self._questions):
+            document = self._document(_OTHER_DOCUMENTS_SEED + number)
+            text = f"{document.questions[number]} (document {number + 2})"
+            prompt = _prompt(client, document, number)
+            self.asks.append(_ask(client, prompt, self._questions + number, text, state))
+
+    def _warm_up(self, client: VllmClient) -> None:
+        self._progress("warming up with another document")
+        warm_up = _prompt(client, self._document(_WARM_UP_SEED), 0)
+        client.reset_prefix_cache()
+        client.complete(warm_up, ANSWER_TOKENS)
+        for _ in range(_SETTLE_ROUNDS):
+            client.reset_prefix_cache()
+            client.complete(warm_up, ANSWER_TOKENS)
+
+    def _document(self, seed: int) -> Document:
+        return make_document(seed, self._lights, self._questions)
 
 
-def _ask_in_turns(client: VllmClient, prompt: list[int], question: int, rounds: int) -> Iterator[Ask]:
+def _ask_in_turns(
+    client: VllmClient, prompt: list[int], question: int, text: str, rounds: int
+) -> Iterator[Ask]:
     """Recomputed once with every cache empty, then ``rounds`` pairs, so that a noisy machine is noisy for both kinds of hit."""
     client.reset_prefix_cache(external=True)
-    yield _ask(client, prompt, question, State.RECOMPUTE)
+    yield _ask(client, prompt, question, text, State.RECOMPUTE)
     for _ in range(rounds):
-        yield _ask(client, prompt, question, State.DEVICE_HIT)
+        yield _ask(client, prompt, question, text, State.DEVICE_HIT)
         client.reset_prefix_cache()
-        yield _ask(client, prompt, question, State.HOST_HIT)
+        yield _ask(client, prompt, question, text, State.HOST_HIT)
 
 
-def _ask(client: VllmClient, prompt: list[int], question: int, state: State) -> Ask:
+def _ask(client: VllmClient, prompt: list[int], question: int, text: str, state: State) -> Ask:
     before = client.metrics()
     answer = client.complete(prompt, ANSWER_TOKENS)
     after = client.metrics()
-    return Ask(
-        question, state, answer, int(min(after.total(name) - before.total(name) for name in _EXTERNAL_HITS))
-    )
+    external = int(min(after.total(name) - before.total(name) for name in _EXTERNAL_HITS))
+    return Ask(question, text, state, answer, external)
 
 
 def _prompt(client: VllmClient, document: Document, question: int) -> list[int]:
@@ -135,7 +179,7 @@ def _prompt(client: VllmClient, document: Document, question: int) -> list[int]:
 
 
 def _lights_that_fit(client: VllmClient, questions: int) -> int:
-    """Entries of the register for a prompt of about 3,300 tokens, fewer if the model's context is shorter."""
+    """Entries of the register for a prompt of about 4,000 tokens, fewer if the model's context is shorter."""
     few, many = (
         len(_prompt(client, make_document(_DOCUMENT_SEED, n, questions), 0))
         for n in (questions, 3 * questions)

@@ -204,10 +204,10 @@ def test_old_pinned_runs_are_stepped_over_once(make: Engine) -> None:
     gets = [engine.plan_get(keys) for keys in old]
     for _ in range(3):
         assert store(engine, keys_of(500)) == 500
-    assert len(list(engine.policy.members()[1])) == 500
+    assert len(list(engine.residency.policies[Tier.HOST].members()[1])) == 500
     for get in gets:
         engine.finish_get(get)
-    assert not list(engine.policy.members()[1])
+    assert not list(engine.residency.policies[Tier.HOST].members()[1])
     engine.check_integrity()
 
 
@@ -221,10 +221,10 @@ def _lose_a_slot(engine: GlobalCacheEngine, run: int) -> None:
     [
         ("pins", lambda engine, run: engine.index.pin(run)),
         ("differently", lambda engine, run: engine.pools[Tier.HOST].allocate(1)),
-        ("two blocks hold", lambda engine, run: engine.index.set_slots(run, 0, 0, np.full(2, 1, np.int32))),
+        ("that two hold", lambda engine, run: engine.index.set_slots(run, 0, 0, np.full(2, 1, np.int32))),
         ("in no tier", _lose_a_slot),
-        ("in the tree only", lambda engine, run: engine.policy.remove(run)),
-        ("parked", lambda engine, run: engine.policy.park(run)),
+        ("in the tree only", lambda engine, run: engine.residency.policies[Tier.HOST].remove(run)),
+        ("parked", lambda engine, run: engine.residency.policies[Tier.HOST].park(run)),
     ],
 )
 def test_recount_notices_damage(

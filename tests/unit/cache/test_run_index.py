@@ -6,7 +6,7 @@ import hashlib
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -112,8 +112,8 @@ class BothIndexes(RuleBasedStateMachine):
     def release(self, data: st.DataObject) -> None:
         run = self.pinned.pop(data.draw(st.integers(0, len(self.pinned) - 1), label="pin"))
         native = self.native.release(self.native_id[run])
-        leaf = self.twin.release(run)
-        assert self.native_id[leaf] == native
+        above = self.twin.release(run)
+        assert self.native_id[above] == native
         self.forget_gone()
 
     @rule(data=st.data(), tier=st.integers(0, 2), want=st.integers(1, 20))
@@ -121,8 +121,11 @@ class BothIndexes(RuleBasedStateMachine):
         run = self.draw_run(data)
         if run < 0:
             return
-        freed, left, leaf = self.twin.evict(run, tier, want)
-        assert self.native.evict(self.native_id[run], tier, want) == (freed, left, self.native_id[leaf])
+        freed, left, gone, above = self.twin.evict(run, tier, want)
+        native = self.native.evict(self.native_id[run], tier, want)
+        assert native[:2] == (freed, left)
+        assert sorted(native[2]) == sorted(self.native_id[other] for other in gone)
+        assert native[3] == self.native_id[above]
         self.forget_gone()
 
     @rule(data=st.data())
@@ -142,7 +145,7 @@ class BothIndexes(RuleBasedStateMachine):
         self.native.detach_all()
         self.forget_gone()
 
-    @rule(data=st.data(), tier=st.integers(0, 2), values=st.lists(st.integers(0, 99), max_size=4))
+    @rule(data=st.data(), tier=st.integers(0, 2), values=st.lists(st.integers(-2, 99), max_size=4))
     def set_slots(self, data: st.DataObject, tier: int, values: list[int]) -> None:
         run = self.draw_run(data)
         if run < 0:
@@ -156,7 +159,43 @@ class BothIndexes(RuleBasedStateMachine):
                 with pytest.raises(ValueError, match="do not fit"):
                     index.set_slots(number, tier, at, slots(*values))
 
-    @rule(data=st.data(), tier=st.integers(0, 2), through=st.booleans(), start=st.integers(0, 6))
+    @rule(
+        data=st.data(),
+        skip=st.integers(0, 8),
+        tier=st.integers(0, 2),
+        values=st.lists(st.integers(-1, 99), min_size=1, max_size=8),
+    )
+    def fill(self, data: st.DataObject, skip: int, tier: int, values: list[int]) -> None:
+        run = self.draw_run(data)
+        if run < 0:
+            return
+        above = sum(self.twin.info(step)[1] for step in self.twin.path(run))
+        given = [slots(*values) for _ in range(2)]
+        pairs = ((self.twin, run, given[0]), (self.native, self.native_id[run], given[1]))
+        if above < skip + len(values):
+            for index, number, array in pairs:
+                with pytest.raises(ValueError, match="blocks"):
+                    index.fill(number, skip, tier, array)
+            return
+        gained = [index.fill(number, skip, tier, array) for index, number, array in pairs]
+        assert [self.native_id[other] for other in gained[0]] == gained[1]
+        assert given[0].tolist() == given[1].tolist()
+
+    @rule(data=st.data(), tiers=st.permutations([0, 1, 2]), limit=st.integers(1, 9))
+    def missing_and_segment(self, data: st.DataObject, tiers: list[int], limit: int) -> None:
+        run = self.draw_run(data)
+        if run < 0:
+            return
+        number, length = self.native_id[run], self.twin.info(run)[1]
+        at = data.draw(st.integers(0, length), label="at")
+        found = self.twin.missing(run, tiers[0], tiers[1], at, limit)
+        assert self.native.missing(number, tiers[0], tiers[1], at, limit) == found
+        if found[1]:
+            whole = self.twin.segment(run, tiers[0], *found)
+            assert self.native.segment(number, tiers[0], *found) == whole
+            assert whole[1] == self.twin.keys(run)[KEY_BYTES * found[0] : KEY_BYTES * sum(found)]
+
+    @rule(data=st.data(), through=st.booleans(), tier=st.integers(0, 2), start=st.integers(0, 6))
     def match(self, data: st.DataObject, tier: int, through: bool, start: int) -> None:
         run = self.draw_run(data)
         path = self.twin.path(run) if run >= 0 else []
@@ -180,7 +219,11 @@ class BothIndexes(RuleBasedStateMachine):
             assert native.info(number) == (self.native_id[parent], *rest)
             assert native.keys(number) == twin.keys(run)
             assert native.path(number) == [self.native_id[step] for step in twin.path(run)]
-            assert native.evictable(number) == twin.evictable(run)
+            assert native.holds(number) == twin.holds(run)
+            assert native.child(number) == self.native_id[twin.child(run)]
+            assert native.leaves(number) == tuple(self.native_id[leaf] for leaf in twin.leaves(run))
+            for tier in range(3):
+                assert native.evictable(number, tier) == twin.evictable(run, tier)
             assert self.native_id[twin.find(twin.keys(run)[:KEY_BYTES])] == native.find(
                 twin.keys(run)[:KEY_BYTES]
             )
@@ -217,7 +260,7 @@ def test_growth_over_many_runs(index_class: type[PyRunIndex]) -> None:
         index.publish(run)
         index.release(run)
     for i in range(0, 5000, 2):
-        assert index.evict(index.find(i.to_bytes(KEY_BYTES, "little")), 0, 1) == (1, 0, -1)
+        assert index.evict(index.find(i.to_bytes(KEY_BYTES, "little")), 0, 1)[:2] == (1, 0)
     assert [index.find(i.to_bytes(KEY_BYTES, "little")) >= 0 for i in range(5000)] == [False, True] * 2500
     assert len(index.drain(0)) == 4 * 2500
 
@@ -264,6 +307,10 @@ def test_wrong_arguments(index_class: type[PyRunIndex]) -> None:
         index.match(keys, 0, np.empty(2, dtype=np.int32), 0, True)
     with pytest.raises(ValueError, match="cannot evict"):
         index.evict(run, 0, 0)
+    with pytest.raises(ValueError, match="are not in a run"):
+        index.segment(run, 0, 2, 2)
+    with pytest.raises(ValueError, match="cannot load"):
+        index.load(1, slots(0), keys[:KEY_BYTES], bytes(KEY_BYTES), np.zeros(1, np.int64))
     index.release(run)
     with pytest.raises(ValueError, match="not pinned"):
         index.release(run)
@@ -278,3 +325,89 @@ def test_native_refuses_other_dtypes() -> None:
     frozen.setflags(write=False)
     with pytest.raises((BufferError, ValueError)):
         index.match(chain(b"", [1]), 0, frozen, 0, True)
+
+
+# ---- the warm start ----------------------------------------------------------------------------------------------------------
+
+_FOREST = st.lists(
+    st.integers(-4, 20), max_size=40
+)  # for each block the place of its parent; negative: none, or one that is lost
+
+
+def _loose_blocks(forest: list[int]) -> tuple[list[bytes], list[bytes]]:
+    keys = [i.to_bytes(KEY_BYTES, "big") for i in range(100, 100 + len(forest))]
+    lost = b"lost".ljust(KEY_BYTES)
+    parents = [
+        keys[place] if 0 <= place < len(keys) else lost if place == -1 else bytes(KEY_BYTES)
+        for place in forest
+    ]
+    return keys, parents
+
+
+@each_index
+@given(forest=_FOREST, twice=st.lists(st.integers(0, 39), max_size=3), seed=st.integers(0, 99))
+@settings(suppress_health_check=list(HealthCheck), deadline=None)
+def test_load_finds_what_hangs_together(
+    index_class: type[PyRunIndex], forest: list[int], twice: list[int], seed: int
+) -> None:
+    keys, parents = _loose_blocks(forest)
+    for place in twice:
+        if place < len(forest):
+            keys.append(keys[place])
+            parents.append(parents[place])
+    count = len(keys)
+    ages = np.random.default_rng(seed).permutation(count).astype(np.int64)
+    index = index_class(False)
+    dropped, runs, newest = (
+        np.frombuffer(raw, dtype).tolist()
+        for raw, dtype in zip(
+            index.load(1, np.arange(count, dtype=np.int32), b"".join(keys), b"".join(parents), ages),
+            (np.int32, np.int32, np.int64),
+            strict=True,
+        )
+    )
+    first = {key: i for i, key in reversed(list(enumerate(keys)))}
+
+    def chain_of(i: int) -> list[int] | None:
+        chain: list[int] = []
+        while i not in chain:
+            chain.insert(0, i)
+            if parents[i] == bytes(KEY_BYTES):
+                return chain
+            if parents[i] not in first:
+                return None
+            i = first[parents[i]]
+        return None
+
+    for i, key in enumerate(keys):
+        chain = chain_of(i) if first[key] == i else None
+        assert (chain is None) == (i in dropped)
+        if chain is not None:
+            out = np.empty(len(chain), np.int32)
+            found = index.match(b"".join(keys[j] for j in chain), 0, out, 1, False)
+            assert (found[0], out.tolist()) == (len(chain), chain)
+    assert index.blocks == count - len(dropped)
+    assert index.runs() == sorted(runs)
+    for run, age in zip(runs, newest, strict=True):
+        below = [other for other in runs if run in index.path(other)]
+        held = [i for other in below for i in np.frombuffer(index.slots(other, 1) or b"", np.int32).tolist()]
+        assert age == max(ages[i] for i in held)
+        assert index.info(run)[2:5] == (False, False, 0)
+        assert runs.index(run) >= max((runs.index(step) for step in index.path(run)), default=0)
+        assert index.child(run) < 0, "two runs that could be one"
+
+
+@native_only
+@given(forest=_FOREST)
+@settings(suppress_health_check=list(HealthCheck), deadline=None)
+def test_load_is_the_same_in_both(forest: list[int]) -> None:
+    keys, parents = _loose_blocks(forest)
+    arguments = (2, np.arange(len(keys), dtype=np.int32), b"".join(keys), b"".join(parents))
+    ages = np.arange(len(keys), dtype=np.int64)
+    twin, native = PyRunIndex(False), RunIndex(False)
+    dropped, runs, newest = twin.load(*arguments, ages)
+    native_dropped, native_runs, native_newest = native.load(*arguments, ages)
+    assert (dropped, newest) == (native_dropped, native_newest)
+    for run, other in zip(np.frombuffer(runs, np.int32), np.frombuffer(native_runs, np.int32), strict=True):
+        assert twin.keys(int(run)) == native.keys(int(other))
+        assert twin.slots(int(run), 2) == native.slots(int(other), 2)

@@ -83,7 +83,7 @@ class Device:
         self, slots: int = 256, tokens_per_block: int = BLOCK_TOKENS, **settings: object
     ) -> KVManager:
         layout = self.layout(tokens_per_block)
-        host_bytes = (2 << 20) + slots * (layout.slot_bytes + 4)
+        host_bytes = (2 << 20) + slots * (layout.slot_bytes + 12)
         config = FlexKVConfig(host_bytes=host_bytes, **settings)  # type: ignore[arg-type]
         manager = KVManager(ModelConfig({"model": "test"}, layout), config, self.copier)
         manager.start()

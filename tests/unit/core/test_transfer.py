@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import queue
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from flexkv_core.storage.memory import HostSegment
+from flexkv_core.storage.memory import HostSegment, arrival_mark
 from flexkv_core.transfer import engine as engine_module
 from flexkv_core.transfer.engine import TransferEngine
 from flexkv_core.transfer.plan import OpResult, OpStatus, TransferOp
@@ -136,3 +137,39 @@ def test_close_reports_everything() -> None:
 
 def test_store_piece_is_a_few_milliseconds_of_copying() -> None:
     assert 4 << 20 <= engine_module.STORE_PIECE_BYTES <= 64 << 20
+
+
+def test_awaited_slots_are_copied_as_they_arrive(rig: Rig) -> None:
+    """In any order, while other ops run; a slot that failed to arrive is the only one left out."""
+    rig.device.fill(0, 1), rig.device.fill(1, 2), rig.device.fill(2, 3)
+    rig.engine.submit(rig.op(1, Direction.STORE, 3))
+    assert rig.engine.drain({1}, 10)
+    for tensor in rig.device.tensors:
+        tensor.zero_()
+    awaited = np.array([False, True, True])
+    rig.engine.submit(replace(rig.op(2, Direction.LOAD, 3), awaited=awaited))
+    rig.engine.submit(rig.op(3, Direction.LOAD, 1))
+    assert rig.engine.drain({3}, 10)
+    assert rig.device.holds(0, 1)
+    assert not rig.device.holds(2, 3)
+    rig.host.arrivals[2] = arrival_mark(2, ok=True)
+    deadline = time.monotonic() + 10
+    while not rig.device.holds(2, 3):
+        assert time.monotonic() < deadline
+    assert not rig.engine.drain({2}, 0.05)
+    rig.host.arrivals[1] = arrival_mark(2, ok=False)
+    assert rig.engine.drain({2}, 10)
+    results = {result.op_id: result for result in (rig.results.get() for _ in range(3))}
+    assert (results[2].status, results[2].ok.tolist()) == (OpStatus.DONE, [True, False, True])
+
+
+def test_what_never_arrives_is_given_up() -> None:
+    rig = Rig(timeout_s=0.1)
+    op = replace(rig.op(1, Direction.LOAD, 2), awaited=np.array([True, True]))
+    rig.host.arrivals[:2] = arrival_mark(7, ok=True)  # another op's
+    rig.engine.submit(op)
+    result = rig.results.get(timeout=10)
+    assert (result.status, result.ok.tolist()) == (OpStatus.DONE, [False, False])
+    rig.engine.submit(replace(op, op_id=2))
+    rig.close()
+    assert rig.results.get(timeout=1).op_id == 2
