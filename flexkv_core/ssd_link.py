@@ -45,6 +45,7 @@ class _Read:
 class _Write:
     plan: WritePlan
     ok: npt.NDArray[np.bool_]
+    is_dropped: bool = False
 
 
 class SsdLink:
@@ -130,7 +131,7 @@ class SsdLink:
             op = self._new_id()
             self._writes[op] = _Write(plan, np.zeros(plan.count, np.bool_))
             if not self._process.write(op, plan.keys, plan.parents, plan.ssd_slots, plan.host_slots):
-                self._cache.finish_write(plan, self._writes.pop(op).ok)
+                self._cache.finish_write(plan, self._writes.pop(op).ok, retry=True)
                 return
 
     def clear(self) -> None:
@@ -174,11 +175,17 @@ class SsdLink:
     def _take_writes(self, progress: Progress) -> None:
         write = self._writes[progress.op]
         write.ok[progress.indexes] = progress.statuses == BlockStatus.OK
+        write.is_dropped |= bool((progress.statuses == BlockStatus.DROPPED).any())
+        for slot in write.plan.ssd_slots[progress.indexes[progress.statuses == BlockStatus.CORRUPT]].tolist():
+            self._cache.pools[Tier.SSD].quarantine(
+                slot
+            )  # the scrubber found it; no other write shall fail there
         if not progress.finished:
             return
         del self._writes[progress.op]
         self.written_blocks += int(write.ok.sum())
-        self._forget(self._cache.finish_write(write.plan, write.ok))
+        # Dropped: the process died, and the next one shall have them. What the disk refused is not asked of it again.
+        self._forget(self._cache.finish_write(write.plan, write.ok, retry=write.is_dropped))
         self.write_behind()
 
     def _forget(self, slots: Slots) -> None:

@@ -172,7 +172,8 @@ class StorageProcess:
         return self._send(_commands(CommandKind.FLUSH, op, _ONE, _ONE), CommandKind.FLUSH, op)
 
     def clear(self, op: int) -> bool:
-        """Remove all records. Kept in mind while the process is down: it happens before anything else then, and ``op`` is dropped."""
+        """Remove all records. Reads that overtake it still find what they ask for. Kept in mind while the process is down: it happens
+        before any write then, and ``op`` is dropped."""
         with self._lock:
             self._clear_owed = True
         return self._send(_commands(CommandKind.CLEAR, op, _ONE, _ONE), CommandKind.CLEAR, op)

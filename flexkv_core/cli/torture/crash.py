@@ -52,9 +52,11 @@ LOAD_S = 0.8  # at most, before the first kill of a round
 START_S = 0.6  # about what a start takes; some are killed meanwhile
 KILLED_STARTS = 0.15
 PAUSES = 0.5  # of the rounds in which the manager survives its storage process
+KILLED_BEFORE_THEIR_MANAGER = 0.5  # of the storage processes that were started again
 _PATIENCE_S = 60.0
 _POLL_S = 0.002
-MODES = ("manager", "storage", "both")
+MODES = {"manager": 1, "storage": 1, "both": 2}
+"""Whom to kill, and how often. A storage process that outlives its manager ends in order, so those deaths cut no write in two."""
 
 
 @dataclass
@@ -137,7 +139,7 @@ class CrashTest:
             child.join()
 
     def _disturb(self, child: BaseProcess) -> None:
-        mode = self._rng.choice(MODES)
+        mode = self._rng.choices(list(MODES), list(MODES.values()))[0]
         self.kills[mode] += 1
         self._sleep(LOAD_S)
         if mode == "manager":
@@ -149,6 +151,9 @@ class CrashTest:
         self._sleep(LOAD_S / 2)
         if self._rng.random() < PAUSES:
             self._check_while_it_lives(child)
+            self._sleep(LOAD_S / 4)
+        if self._rng.random() < KILLED_BEFORE_THEIR_MANAGER:
+            self._kill_storage(child)
 
     def _kill_storage(self, child: BaseProcess) -> bool:
         pid = int(self._ledger.words[Word.STORAGE_PID])

@@ -67,3 +67,32 @@ def test_equals_a_set(steps: list[int | str]) -> None:
         elif taken:
             pool.free(np.array(taken.pop(0 if step == "first" else -1)[::-1], dtype=np.int32))
         assert set(np.flatnonzero(pool.taken()).tolist()) == {slot for part in taken for slot in part}
+
+
+@pytest.mark.parametrize("count", [4, 40])
+def test_quarantined_slots_are_never_handed_out_again(count: int) -> None:
+    pool = Mempool(50)
+    slots = pool.allocate(count)
+    assert slots is not None
+    pool.quarantine(2)
+    pool.quarantine(2)
+    assert (pool.used_count, pool.quarantined_count) == (count, 1)
+    pool.free(slots)
+    assert (pool.used_count, pool.free_count, pool.quarantined_count) == (0, 49, 1)
+    pool.quarantine(2)
+    assert 2 not in (pool.allocate(49) if pool.allocate(50) is None else [])
+    assert not pool.taken()[2]
+    with pytest.raises(AssertionError):
+        pool.free(np.array([2], dtype=np.int32))
+
+
+def test_claimed_slots_are_taken() -> None:
+    pool = Mempool(10)
+    pool.claim(np.array([3, 0, 7], dtype=np.int32))
+    assert np.flatnonzero(pool.taken()).tolist() == [0, 3, 7]
+    rest = pool.allocate(7)
+    assert rest is not None
+    assert rest.tolist() == [1, 2, 4, 5, 6, 8, 9]
+    for wrong in ([3], [10], [-1]):
+        with pytest.raises(AssertionError):
+            pool.claim(np.array(wrong, dtype=np.int32))

@@ -241,7 +241,7 @@ def test_native_equals_twin() -> None:
     run_state_machine_as_test(
         BothIndexes,
         settings=settings(
-            max_examples=150, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=100, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
 
