@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
 from flexkv_core.cache import GetPlan, GlobalCacheEngine, PutPlan, WritePlan
@@ -196,6 +196,11 @@ def _must_be_noticed(
     # Without its own recount: the model must see it from outside.
     blind = type("Blind", (engine_class,), {"check_integrity": lambda self: None})
     machine = type("Machine", (model,), {"engine_class": blind, "index_factory": factory})
-    once = settings(MACHINE, max_examples=1000, phases=[Phase.generate], derandomize=True, database=None)
-    with pytest.raises((AssertionError, KeyError, ValueError)):
-        run_state_machine_as_test(machine, settings=once)
+    few = settings(MACHINE, max_examples=250, phases=[Phase.generate], database=None)
+    # One seed may happen to pass a rarely visible rule by; that none of ten finds it does not happen by chance.
+    for number in range(10):
+        try:
+            run_state_machine_as_test(seed(number)(machine), settings=few)
+        except (AssertionError, KeyError, ValueError):
+            return
+    pytest.fail("the model noticed nothing")
