@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
+from flexkv_core.cli.harness.server import KV_TRANSFER_CONFIG
 from tests.e2e.checks import hit_differences
 from tests.e2e.engine import Engine, prompt_tokens
 
@@ -85,3 +87,23 @@ def test_one_engine_after_another_shares_nothing(llama: Path) -> None:
     for _ in range(2):
         with Engine(llama, {"host_bytes": "128MiB"}) as engine:
             assert engine.ask(prompt).cached_tokens == 0
+
+
+def test_module_path_where_plugins_are_off(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name is unknown to vLLM then; the path alone finds the connector."""
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    monkeypatch.setenv("VLLM_PLUGINS", "")
+    monkeypatch.delitem(KVConnectorFactory._registry, "FlexKVConnector", raising=False)
+    transfer = {
+        **json.loads(KV_TRANSFER_CONFIG),
+        "kv_connector_module_path": "flexkv_vllm.connector",
+        "kv_connector_extra_config": {"host_bytes": "64MiB"},
+    }
+    with Engine(llama, options={"kv_transfer_config": transfer}) as engine:
+        assert "FlexKVConnector" not in KVConnectorFactory._registry
+        prompt = prompt_tokens(170, 300)
+        wanted = engine.ask(prompt)
+        engine.reset()
+        again = engine.ask(prompt)
+        assert (again.external_tokens, again.token_ids) == (4 * engine.block_tokens, wanted.token_ids)

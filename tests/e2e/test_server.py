@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from flexkv_core.cli.demo.measure import measure
+from flexkv_core.cli.demo.acts import run_acts, with_ssd_tier
+from flexkv_core.cli.demo.measure import Course
 from flexkv_core.cli.harness.client import Completion, VllmClient
 from flexkv_core.cli.harness.server import (
     CPU_ARGUMENTS,
@@ -178,18 +178,19 @@ def test_tensor_parallel_and_sigkill(llama: Path, tmp_path: Path) -> None:
         _assert_gone(segments)
 
 
-def test_real_model_and_sigterm(demo_model: Path, tmp_path: Path) -> None:
-    """The demo's own measurement, once; then an ordinary stop."""
-    server = _server(demo_model, tmp_path, *ONE_LINE)
-    with server, VllmClient(server.base_url) as client:
-        report = measure(client, questions=1, rounds=1, progress=print)
-        segments = _segments_of_group(server.pid)
-        assert segments
-        os.kill(server.pid, signal.SIGTERM)
-        deadline = time.monotonic() + 60
-        while server.alive or server.group_alive:
-            assert time.monotonic() < deadline, "the server did not end on SIGTERM"
-            time.sleep(0.1)
+def test_real_model_through_a_stop_and_a_kill(demo_model: Path, tmp_path: Path) -> None:
+    """The demo's own course, once; the host tier is gone after each end of a server."""
+    config = with_ssd_tier(KV_TRANSFER_CONFIG, tmp_path / "ssd")
+    server = _server(demo_model, tmp_path, "--kv-transfer-config", config)
+    segments: set[tuple[str, str]] = set()
+
+    def say(text: str) -> None:
+        print(text)
+        if "the server and starting it again" in text:
+            segments.update(_segments_of_group(server.pid))
+
+    report = run_acts(server, Course(questions=1, rounds=1, progress=say), say)
+    assert segments
     _assert_gone(segments)
     assert report.faults() == []
 

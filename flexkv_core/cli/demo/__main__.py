@@ -8,7 +8,6 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, NoReturn
@@ -16,10 +15,10 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from flexkv_core.cli.demo.measure import Course, Report, State
+from flexkv_core.cli.demo.acts import run_acts, with_ssd_tier
+from flexkv_core.cli.demo.measure import Course, Report
 from flexkv_core.cli.demo.table import print_report, record, summary
 from flexkv_core.cli.harness.checkpoint import ensure_demo_model
-from flexkv_core.cli.harness.client import VllmClient
 from flexkv_core.cli.harness.server import (
     CPU_ARGUMENTS,
     CPU_ENVIRONMENT,
@@ -29,7 +28,6 @@ from flexkv_core.cli.harness.server import (
 )
 from flexkv_core.config import cache_dir
 
-_SSD_BYTES = "4GiB"
 _GPU_ARGUMENTS = ("--dtype", "float32", "--enable-prompt-tokens-details")
 _GPU_ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
@@ -73,43 +71,18 @@ def demo(
     with tempfile.TemporaryDirectory(prefix="demo-", dir=cache_dir()) as folder:
         arguments = [
             *(_GPU_ARGUMENTS if gpu else CPU_ARGUMENTS),
-            *("--kv-transfer-config", _with_ssd(KV_TRANSFER_CONFIG, Path(folder) / "ssd")),
+            *("--kv-transfer-config", with_ssd_tier(KV_TRANSFER_CONFIG, Path(folder) / "ssd")),
             *shlex.split(engine_args),
         ]
         server = VllmServer(model, arguments, environment, Path(folder) / "server.log")
         say(f"vllm serve {model} {shlex.join(arguments)}")
         try:
-            report = _run(server, Course(questions, rounds, say), say)
+            report = run_acts(server, Course(questions, rounds, say), say)
         except ServerError as error:
             console.print(str(error), markup=False, highlight=False)
             raise typer.Exit(1) from error
     say("done")
     _finish(report, console, json_file)
-
-
-def _run(server: VllmServer, course: Course, say: Callable[[str], None]) -> Report:
-    """The first act, a stop, the second act, a kill, and the second act again."""
-    with server, VllmClient(server.base_url) as client:
-        say("the server is up")
-        course.first_act(client)
-        course.prepare_restart(client)
-        say("stopping the server and starting it again")
-    with server, VllmClient(server.base_url) as client:
-        course.after_restart(client, State.SSD_HIT)
-        say("killing the server with SIGKILL and starting it again")
-        server.kill()
-    with server, VllmClient(server.base_url) as client:
-        course.after_restart(client, State.SSD_HIT_AFTER_KILL)
-    return Report(tuple(course.asks))
-
-
-def _with_ssd(transfer_config: str, directory: Path) -> str:
-    """The one-line configuration, and an SSD tier in ``directory``, which is made."""
-    directory.mkdir()
-    extra = {"ssd_dirs": [str(directory)], "ssd_bytes": _SSD_BYTES}
-    return json.dumps(
-        {**json.loads(transfer_config), "kv_connector_extra_config": extra}, separators=(",", ":")
-    )
 
 
 def _finish(report: Report, console: Console, json_file: Path | None) -> NoReturn:
