@@ -164,12 +164,13 @@ class SsdLink:
             return
         del self._reads[progress.op]
         self.read_blocks += int((read.statuses == BlockStatus.OK).sum())
-        for place, status in zip(read.plan.reads.index, read.statuses, strict=True):
-            if status in (BlockStatus.CORRUPT, BlockStatus.IO_ERROR):
-                corrupt = bool(status == BlockStatus.CORRUPT)
-                self.corrupt_blocks += corrupt
-                block = read.plan.start_block + int(place)
-                self._cache.invalidate(read.plan, block, Tier.SSD, quarantine=corrupt)
+        # Only the rare bad ones: a read of thousands of blocks must not hold the manager's lock for a loop over all.
+        bad = (read.statuses == BlockStatus.CORRUPT) | (read.statuses == BlockStatus.IO_ERROR)
+        for number in np.flatnonzero(bad):
+            corrupt = bool(read.statuses[number] == BlockStatus.CORRUPT)
+            self.corrupt_blocks += corrupt
+            block = read.plan.start_block + int(read.plan.reads.index[number])
+            self._cache.invalidate(read.plan, block, Tier.SSD, quarantine=corrupt)
         self._on_read(progress.op, read.statuses)
 
     def _take_writes(self, progress: Progress) -> None:

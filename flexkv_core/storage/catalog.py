@@ -2,7 +2,7 @@
 
 The records lie in memory as one array, indexed by slot, which may be shared with another process; that is what reads look at. SQLite
 keeps a copy, in write-ahead mode with a sync per commit: a row holds the records of :func:`page_records` neighbouring slots, so that a
-million of them load in a tenth of a second and a commit of scattered slots costs one database page each. All rows are made at the start,
+million of them load in 0.4 s and a commit of scattered slots costs one database page each. All rows are made at the start,
 so that the database never grows.
 
 Why SQLite: measured (2 cores, a disk with 4 ms a sync) a commit of 16 scattered slots takes 3.9 ms against 7.9 ms of LMDB, which syncs
