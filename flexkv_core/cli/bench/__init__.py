@@ -77,6 +77,15 @@ BENCHES: dict[str, Bench] = {
         "time to first token of requests that miss, two real vLLM servers in turns, with and without FlexKV",
         {"ttft_miss_ratio": Bar("<=", 1.03)},
     ),
+    "peers": Bench(
+        "flexkv_core.cli.bench.peers",
+        "time to first token of hits in host memory, two real vLLM servers in turns: FlexKV and vLLM's own offloading",
+        {"host_hit_ratio": Bar("<=", 1.0)},
+    ),
+    "startup": Bench(
+        "flexkv_core.cli.bench.startup",
+        "start of a real vLLM server until it answers, in turns, with and without FlexKV",
+    ),
 }
 
 

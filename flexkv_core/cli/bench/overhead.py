@@ -43,7 +43,7 @@ def run(quick: bool = False) -> dict[str, float]:
     """
     with_ms, without_ms = _measure(QUICK_PAIRS if quick else PAIRS)
     ratios = [a / b for a, b in zip(with_ms, without_ms, strict=True)]
-    low, high = _interval(ratios)
+    low, high = interval(ratios)
     return {
         "ttft_miss_ratio": statistics.median(ratios),
         "ttft_miss_ratio_low": low,
@@ -60,7 +60,7 @@ def _measure(pairs: int) -> tuple[list[float], list[float]]:
     """Times to first token in ms, with FlexKV and without, of the same prompts."""
     model = ensure_demo_model()
     arguments = [*CPU_ARGUMENTS, "--dtype", "bfloat16"]  # the last --dtype counts
-    environment = {**CPU_ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": _compute_cpus()}
+    environment = {**CPU_ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": compute_cpus()}
     rng = random.Random(_SEED)
     times_ms: tuple[list[float], list[float]] = ([], [])
     with ExitStack() as stack:
@@ -81,13 +81,13 @@ def _measure(pairs: int) -> tuple[list[float], list[float]]:
     return times_ms
 
 
-def _compute_cpus() -> str:
+def compute_cpus() -> str:
     """All CPUs of this process but the last, which is left to the engine's other processes, as vLLM does without a connector."""
     cpus = sorted(os.sched_getaffinity(0))
     return ",".join(str(cpu) for cpu in cpus[:-1] or cpus)
 
 
-def _interval(values: Sequence[float]) -> tuple[float, float]:
+def interval(values: Sequence[float]) -> tuple[float, float]:
     """A 95 % bootstrap interval of the median."""
     rng = random.Random(_SEED)
     medians = sorted(statistics.median(rng.choices(values, k=len(values))) for _ in range(_RESAMPLES))
