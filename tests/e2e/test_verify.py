@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from flexkv_core import native
-from flexkv_core.types import KEY_BYTES
+from flexkv_core.keys import hash_tokens
+from flexkv_core.storage.memory import HostSegment
+from flexkv_core.transfer.plan import TransferOp
+from flexkv_core.types import KEY_BYTES, Tier
+from flexkv_kernels.copier import CpuCopier
 from tests.e2e.engine import BLOCK_TOKENS, RECOMPUTE_BOUND, Answer, Engine, prompt_tokens
-from tests.e2e.test_ssd import SLOT_BYTES, written
+from tests.e2e.test_ssd import config as ssd_config
+from tests.e2e.test_ssd import written
 
 PROMPT = prompt_tokens(2000, 10 * BLOCK_TOKENS + 5)
 OTHER = prompt_tokens(2001, 10 * BLOCK_TOKENS + 5)
@@ -27,37 +34,25 @@ def engine(llama: Path) -> Iterator[Engine]:
 
 def host_slots(engine: Engine, prompt: list[int]) -> tuple[bytes, np.ndarray]:
     """Keys and host slots of the prompt's full blocks, as the index knows them."""
-    side = engine.connector._scheduler
-    from flexkv_core.keys import KeyChain, namespace_root
-
-    count = len(prompt) // BLOCK_TOKENS
-    chain = KeyChain(namespace_root(side.manager.root, ()), BLOCK_TOKENS)
-    chain.extend(prompt, len(prompt))
-    plan = side.manager._cache.plan_get(chain.keys(count))
-    side.manager._cache.finish_get(plan)
-    return chain.keys(count), plan.host_slots
+    keys = hash_tokens(engine.manager.root, np.array(prompt, np.int32), BLOCK_TOKENS)
+    plan = engine.manager._cache.plan_get(keys)
+    engine.manager._cache.finish_get(plan)
+    return keys, plan.host_slots
 
 
-def slot_bytes(engine: Engine, slot: int) -> np.ndarray:
-    import ctypes
-
-    host = engine.manager.host
-    address = host.address + int(slot) * host.layout.slot_bytes
+def image(host: HostSegment, slot: int) -> np.ndarray:
+    """A slot's bytes, a view."""
+    address = host.address + slot * host.layout.slot_bytes
     return np.ctypeslib.as_array((ctypes.c_uint8 * host.layout.shard_bytes).from_address(address))
 
 
-def overwrite(engine: Engine, block: int, wrong: np.ndarray, prompt: list[int]) -> int:
-    """Other bytes in the slot of a block, and the checksum that goes with them: what no checksum can find."""
-    keys, slots = host_slots(engine, prompt)
-    host, slot = engine.manager.host, slots[block : block + 1]
-    slot_bytes(engine, int(slot[0]))[:] = wrong
+def set_slot(host: HostSegment, slot: np.ndarray, key: bytes, wrong: Any) -> None:
+    """Other bytes in a slot (int32 [1]), and the checksum that goes with them: what no checksum can find."""
+    layout = host.layout
+    image(host, int(slot[0]))[:] = wrong
     found = np.zeros(1, np.uint32)
-    key = keys[KEY_BYTES * block : KEY_BYTES * (block + 1)]
-    native.crc32c_slots(
-        host.address, host.layout.slot_bytes, 0, host.layout.shard_bytes, slot.astype(np.int32), key, found
-    )
+    native.crc32c_slots(host.address, layout.slot_bytes, 0, layout.shard_bytes, slot, key, found)
     host.checksums[slot, 0] = found
-    return int(slot[0])
 
 
 def assert_same(answer: Answer, wanted: Answer) -> None:
@@ -94,13 +89,17 @@ def test_right_blocks_raise_no_alarm(engine: Engine) -> None:
 WRONG = ("zeros", "block of the same prompt", "block of another prompt", "layers swapped", "one token", "nan")
 
 
+def block_bytes(engine: Engine, prompt: list[int], block: int) -> np.ndarray:
+    return image(engine.manager.host, int(host_slots(engine, prompt)[1][block])).copy()
+
+
 def wrong_bytes(engine: Engine, kind: str) -> np.ndarray:
-    right = slot_bytes(engine, int(host_slots(engine, PROMPT)[1][4])).copy()
+    right = block_bytes(engine, PROMPT, 4)
     if kind == "zeros":
         return np.zeros_like(right)
     if kind == "block of the same prompt":
-        return slot_bytes(engine, int(host_slots(engine, PROMPT)[1][5])).copy()
-    other = slot_bytes(engine, int(host_slots(engine, OTHER)[1][4])).copy()
+        return block_bytes(engine, PROMPT, 5)
+    other = block_bytes(engine, OTHER, 4)
     if kind == "block of another prompt":
         return other
     if kind == "layers swapped":
@@ -109,7 +108,9 @@ def wrong_bytes(engine: Engine, kind: str) -> np.ndarray:
     if kind == "nan":
         values[1, 1, 1, 77] = np.nan
     else:  # V of one token in one head and layer
-        values[1, 0, 1, 64 * 7 : 64 * 8] = other.view(np.float32).reshape(2, 2, 2, -1)[1, 0, 1, 64 * 7 : 64 * 8]
+        values[1, 0, 1, 64 * 7 : 64 * 8] = other.view(np.float32).reshape(2, 2, 2, -1)[
+            1, 0, 1, 64 * 7 : 64 * 8
+        ]
     return right
 
 
@@ -121,42 +122,104 @@ def test_wrong_block_with_a_right_checksum(
     expected = engine.ask(PROMPT, tokens=12)
     engine.ask(OTHER)
     engine.reset()
-    slot = overwrite(engine, 4, wrong_bytes(engine, kind), PROMPT)
+    wrong = wrong_bytes(engine, kind)
+    keys, slots = host_slots(engine, PROMPT)
+    set_slot(engine.manager.host, slots[4:5], keys[KEY_BYTES * 4 : KEY_BYTES * 5], wrong)
     before = counted(engine)
     with caplog.at_level(logging.ERROR, "flexkv_vllm"):
         assert_same(engine.ask(PROMPT, tokens=12), expected)
     assert grew(engine, before) == (10, 1, 0)
     (record,) = caplog.records
-    key = host_slots(engine, PROMPT)[0][KEY_BYTES * 4 : KEY_BYTES * 5].hex()
-    for word in ("block 4", "request-", "HOST", key):
+    for word in ("block 4 ", "request-", "tier HOST", keys[KEY_BYTES * 4 : KEY_BYTES * 5].hex()):
         assert word in record.getMessage()
     engine.check_integrity()
     engine.reset()
     before = counted(engine)
     assert_same(engine.ask(PROMPT, tokens=12), expected)
     assert grew(engine, before) == (10, 0, 0), "the right block was stored in the place of the wrong one"
-    assert slot not in host_slots(engine, PROMPT)[1], "its slot is in quarantine"
+    assert slots[4] not in host_slots(engine, PROMPT)[1], "its slot is in quarantine"
 
 
-def test_wrong_block_goes_from_the_ssd_as_well(llama: Path, tmp_path: Path) -> None:
-    """Written wrong, with a right checksum: found after a restart, when only the SSD has it, and gone after the next."""
-    ssd = {
-        "ssd_dirs": [str(tmp_path)],
-        "ssd_bytes": "64MiB",
-        "host_bytes": (2 << 20) + 200 * (SLOT_BYTES + 16),
-    }
+def poisoned(gather: Any, block: int) -> Any:
+    """Stores zeros in the place of a prompt's block, with the checksum of zeros: from there on no tier knows better."""
+
+    def gathering(copier: CpuCopier, op: TransferOp, after: object) -> None:
+        gather(copier, op, after)
+        if len(op.slots) > block:
+            set_slot(copier._host, op.slots[block : block + 1], op.keys[16 * block : 16 * block + 16], 0)
+
+    return gathering
+
+
+@pytest.mark.parametrize("tier", [Tier.HOST, Tier.SSD], ids=["host", "ssd"])
+def test_wrong_block_goes_from_the_ssd_as_well(
+    llama: Path, tmp_path: Path, tier: Tier, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written wrong, with a right checksum: found in host memory, or after a restart where only the SSD has it; gone after the next."""
+    ssd = {**ssd_config(tmp_path), "verify_sample": 1.0}
     with Engine(llama, ssd) as engine:
-        expected = engine.ask(PROMPT)
+        with monkeypatch.context() as patch:
+            patch.setattr(CpuCopier, "gather", poisoned(CpuCopier.gather, 4))
+            expected = engine.ask(PROMPT, tokens=12)
         written(engine, 10)
-    (data,) = tmp_path.glob("flexkv-*/data")
-    with Engine(llama, ssd) as engine:
+        if tier is Tier.HOST:
+            alarm(engine, tier, expected, caplog)
+    if tier is Tier.SSD:
+        with Engine(llama, ssd) as engine:
+            alarm(engine, tier, expected, caplog)
+    with Engine(llama, {**ssd, "verify_sample": 0}) as engine:
+        again = engine.ask(PROMPT, tokens=12)
+        assert again.external_tokens == 10 * BLOCK_TOKENS, (
+            "the right block was written in the place of the wrong one"
+        )
+        assert_same(again, expected)
+
+
+def alarm(engine: Engine, tier: Tier, expected: Answer, caplog: pytest.LogCaptureFixture) -> None:
+    """The prompt is asked once more; block 4 is found to be wrong in ``tier``, and stored anew."""
+    engine.reset()
+    stored, on_ssd = engine.manager.counters().stored_blocks, engine.manager.counters().ssd_written_blocks
+    with caplog.at_level(logging.ERROR, "flexkv_vllm"):
+        assert_same(engine.ask(PROMPT, tokens=12), expected)
+    assert counted(engine) == (10, 1, 0)
+    (record,) = caplog.records
+    assert "block 4 " in record.getMessage()
+    assert f"tier {tier.name}" in record.getMessage()
+    anew = engine.manager.counters().stored_blocks - stored
+    assert anew == 6, "the block and those that follow it"
+    written(engine, on_ssd + anew)
+    engine.check_integrity()
+
+
+def test_off_by_default(llama: Path) -> None:
+    with Engine(llama, {"host_bytes": "128MiB"}) as engine:
         engine.ask(PROMPT)
-        zeros = np.zeros(SLOT_BYTES, np.uint8)
-        overwrite(engine, 4, zeros, PROMPT)
-        engine.manager._cache  # noqa: B018
-    with Engine(llama, {**ssd, "verify_sample": 1.0}) as engine:
-        assert_same(engine.ask(PROMPT), expected)
-        assert counted(engine) == (10, 0, 0)
-        assert engine.manager.counters().ssd_read_blocks == 10
-        engine.check_integrity()
-    assert data.exists()
+        engine.reset()
+        assert engine.ask(PROMPT).external_tokens == 10 * BLOCK_TOKENS
+        assert counted(engine) == (0, 0, 0)
+
+
+def test_a_share_is_verified_and_the_rest_loaded(llama: Path) -> None:
+    prompts = [prompt_tokens(2100 + i, 3 * BLOCK_TOKENS + 5) for i in range(12)]
+    with Engine(llama, {"host_bytes": "128MiB", "verify_sample": 0.5}) as engine:
+        expected = [engine.ask(prompt) for prompt in prompts]
+        engine.reset()
+        answers = [engine.ask(prompt) for prompt in prompts]
+        loaded = sum(answer.external_tokens for answer in answers) // BLOCK_TOKENS
+        checked, *others = counted(engine)
+        assert (loaded + checked, others) == (3 * len(prompts), [0, 0])
+        assert loaded > 0
+        assert checked > 0
+        for answer, wanted in zip(answers, expected, strict=True):
+            assert_same(answer, wanted)
+
+
+def test_bfloat16_raises_no_alarm(llama: Path) -> None:
+    with Engine(llama, ALL, {"dtype": "bfloat16"}) as engine:
+        prompts = [prompt_tokens(2200 + i, 300 + 211 * i) for i in range(6)]
+        for prompt in prompts:
+            engine.ask(prompt)
+        engine.reset()
+        engine.ask_all(prompts)
+        checked, *others = counted(engine)
+        assert (checked, others) == (sum((len(prompt) - 1) // BLOCK_TOKENS for prompt in prompts), [0, 0])

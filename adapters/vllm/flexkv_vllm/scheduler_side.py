@@ -78,7 +78,7 @@ class SchedulerSide:
     """
 
     def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: FlexKVConfig) -> None:
-        check_supported(vllm_config, kv_cache_config)
+        check_supported(vllm_config, kv_cache_config, config)
         transfer = vllm_config.kv_transfer_config
         assert transfer is not None
         self._config = config

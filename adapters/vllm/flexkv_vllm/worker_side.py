@@ -39,7 +39,7 @@ class WorkerSide:
     """See the module's text. All methods but the transfer thread's callback run on the worker's main thread."""
 
     def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: FlexKVConfig) -> None:
-        check_supported(vllm_config, kv_cache_config)
+        check_supported(vllm_config, kv_cache_config, config)
         self._config = config
         self._kv_cache_config = kv_cache_config
         self._layout = slot_layout(vllm_config, kv_cache_config, config)
