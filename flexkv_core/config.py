@@ -136,6 +136,14 @@ class FlexKVConfig(BaseSettings):
         description="Check each block's CRC32C before it goes back to the engine; a mismatch is a miss.",
         json_schema_extra=_allowed(_SWITCH),
     )
+    verify_sample: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="Share of the hits that is computed again and compared with what was stored; 0: none.",
+        json_schema_extra=_allowed("number from 0 to 1"),
+    )
     namespace: str = Field(
         default="",
         description="Kept in front of every key: deployments with different namespaces share no block.",
@@ -158,6 +166,11 @@ class FlexKVConfig(BaseSettings):
         ge=0,
         description="A hit of fewer tokens than this is recomputed, not loaded.",
         json_schema_extra=_allowed("integer ≥ 0"),
+    )
+    prefetch_queued: bool = Field(
+        default=False,
+        description="Read from the SSD into host memory for requests that wait in the engine's queue.",
+        json_schema_extra=_allowed(_SWITCH),
     )
     store_decode: bool = Field(
         default=True,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -35,6 +35,8 @@ from flexkv_core.tasks import (
     NO_STATUSES,
     KVResponse,
     KVResponseStatus,
+    OnDone,
+    Purpose,
     Task,
     TaskDone,
     first_true,
@@ -45,6 +47,7 @@ from flexkv_core.tasks import (
 from flexkv_core.transfer.engine import TransferEngine
 from flexkv_core.transfer.plan import DeviceCopier, Executor, OpResult, OpStatus, TransferOp
 from flexkv_core.types import KEY_BYTES, BlockIds, Direction, Tier, TokenIds
+from flexkv_core.verify import settle_check
 
 logger = logging.getLogger(__name__)
 
@@ -273,12 +276,8 @@ class KVManager:
     def prefetch_async(self, token_ids: TokenIds, namespace: Sequence[str] | None = None) -> int:
         """Bring what lies in lower tiers to the host tier, and mark the prefix as recently used; the task's mask tells what is there."""
         tokens = token_array(token_ids)
-        task = self._begin_get(self._keys(tokens, namespace), 0, len(tokens))
-        with self._changed:
-            if not task.ended:
-                task.launched = task.copied = True
-                task.ok = np.ones(task.block_count, np.bool_)
-                self._start_reads(task)
+        task = self._begin_get(self._keys(tokens, namespace), 0, len(tokens), purpose=Purpose.PREFETCH)
+        self._read_ahead(task)
         return task.task_id
 
     def launch(
@@ -356,12 +355,22 @@ class KVManager:
         with self._changed:
             return 0 if self._closed else self._cache.match(keys)
 
-    def get_keys(self, keys: bytes, start_block: int, on_done: Callable[[TaskDone], None]) -> tuple[int, int]:
-        """Pin the cached prefix of ``keys`` from ``start_block`` on; the task and how many blocks it will load (0: nothing to launch)."""
-        task = self._begin_get(keys, start_block, 0, on_done)
+    def get_keys(
+        self, keys: bytes, start_block: int, on_done: OnDone, purpose: Purpose = Purpose.GET
+    ) -> tuple[int, int]:
+        """Pin the cached prefix of ``keys`` from ``start_block`` on, to load it or to CHECK it (the executor then compares instead of
+        copying); the task and how many blocks it is for (0: nothing to launch)."""
+        task = self._begin_get(keys, start_block, 0, on_done, purpose)
         return task.task_id, task.block_count
 
-    def put_keys(self, keys: bytes, on_done: Callable[[TaskDone], None]) -> tuple[int, int, int]:
+    def prefetch_keys(self, keys: bytes, start_block: int, on_done: OnDone) -> tuple[int, int]:
+        """Bring blocks ``start_block`` … of the cached prefix of ``keys`` to the host tier; the task and how many are read."""
+        task = self._begin_get(keys, start_block, 0, on_done, Purpose.PREFETCH)
+        reads = task.read_count
+        self._read_ahead(task)
+        return task.task_id, reads
+
+    def put_keys(self, keys: bytes, on_done: OnDone) -> tuple[int, int, int]:
         """Reserve slots for what is new in ``keys``; the task, its first block and how many (0: nothing to launch)."""
         task = self._begin_put(keys, 0, on_done)
         return task.task_id, task.start_block, task.block_count
@@ -383,42 +392,25 @@ class KVManager:
         return hash_tokens(namespace_root(self.root, namespace or ()), tokens, self.layout.tokens_per_block)
 
     def _begin_get(
-        self, keys: bytes, start_block: int, tokens: int, on_done: Callable[[TaskDone], None] | None = None
+        self, keys: bytes, start: int, tokens: int, done: OnDone | None = None, purpose: Purpose = Purpose.GET
     ) -> Task:
         with self._changed:
-            self._counters.lookups += 1
-            self._counters.lookup_tokens += len(keys) // KEY_BYTES * self.layout.tokens_per_block
-            plan = self._cache.plan_get(keys if not self._closed else b"", start_block)
-            self._counters.hit_tokens += len(plan.host_slots) * self.layout.tokens_per_block
-            return self._remember(
-                Task(
-                    self._new_id(),
-                    Direction.LOAD,
-                    plan,
-                    start_block,
-                    plan.keys,
-                    plan.host_slots,
-                    tokens,
-                    on_done,
-                )
-            )
+            plan = self._cache.plan_get(keys if not self._closed else b"", start)
+            if purpose is Purpose.GET:
+                self._counters.lookups += 1
+                self._counters.lookup_tokens += len(keys) // KEY_BYTES * self.layout.tokens_per_block
+                self._counters.hit_tokens += len(plan.host_slots) * self.layout.tokens_per_block
+            elif purpose is Purpose.CHECK:  # what has left the cache since it was chosen
+                self._counters.verify_skipped += len(keys) // KEY_BYTES - start - len(plan.host_slots)
+            of_plan = (plan, start, plan.keys, plan.host_slots)
+            return self._remember(Task(self._new_id(), Direction.LOAD, *of_plan, tokens, done, purpose))
 
-    def _begin_put(self, keys: bytes, tokens: int, on_done: Callable[[TaskDone], None] | None = None) -> Task:
+    def _begin_put(self, keys: bytes, tokens: int, on_done: OnDone | None = None) -> Task:
         with self._changed:
             plan = self._cache.plan_put(keys if not self._closed else b"")
             self._counters.dropped_blocks += max(0, len(keys) // KEY_BYTES - plan.start_block - plan.count)
-            return self._remember(
-                Task(
-                    self._new_id(),
-                    Direction.STORE,
-                    plan,
-                    plan.start_block,
-                    plan.keys,
-                    plan.slots,
-                    tokens,
-                    on_done,
-                )
-            )
+            of_plan = (plan, plan.start_block, plan.keys, plan.slots)
+            return self._remember(Task(self._new_id(), Direction.STORE, *of_plan, tokens, on_done))
 
     def _new_id(self) -> int:
         self._next_task_id += 1
@@ -459,6 +451,14 @@ class KVManager:
         ssd.start()
         self._ssd = ssd
 
+    def _read_ahead(self, task: Task) -> None:
+        """Start a prefetch: a get without the copy."""
+        with self._changed:
+            if not task.ended:
+                task.launched = task.copied = True
+                task.ok = np.ones(task.block_count, np.bool_)
+                self._start_reads(task)
+
     def _start_reads(self, task: Task) -> None:
         """Have the task's blocks that only the SSD holds read; with none, they have ended."""
         if isinstance(task.plan, GetPlan) and len(task.plan.reads):
@@ -472,6 +472,8 @@ class KVManager:
         """All reads of a task have ended; called under the lock, on the supervisor's thread."""
         task = self._tasks[task_id]
         task.read_statuses = statuses
+        if task.purpose is Purpose.PREFETCH:
+            self._counters.prefetched_blocks += int((statuses == BlockStatus.OK).sum())
         self._end_if_done(task)
 
     def _on_result(self, result: OpResult) -> None:
@@ -480,8 +482,9 @@ class KVManager:
             task = self._tasks.get(result.op_id)
             if task is None or task.ended:
                 return
-            task.ok, task.copied, task.copy_status = result.ok, True, result.status
-            self._count(task, result)
+            task.ok, task.copied, task.copy_status, task.wrong = result.ok, True, result.status, result.wrong
+            if task.purpose is Purpose.GET:
+                self._count(task, result)
             self._end_if_done(task)
 
     def _end_if_done(self, task: Task) -> None:
@@ -495,13 +498,15 @@ class KVManager:
             status = KVResponseStatus.CANCELLED
         else:
             status = KVResponseStatus.FAILED
-        if task.copy_status is OpStatus.DONE:
+        if task.purpose is Purpose.CHECK:
+            task.mismatches = settle_check(task, self._cache, self._counters, self._ssd)
+        elif task.copy_status is OpStatus.DONE:
             self._drop_corrupt(task)
         self._end(task, KVResponseStatus.CANCELLED if task.cancelled else status)
         self._changed.notify_all()
         if task.on_done is not None:
             self._tasks.pop(task.task_id, None)
-            task.on_done(TaskDone(task.task_id, task.status, task.ok))
+            task.on_done(TaskDone(task.task_id, task.status, task.ok, task.mismatches))
 
     def _drop_corrupt(self, task: Task) -> None:
         """A block that was in host memory and did not match its checksum leaves it, with all below."""

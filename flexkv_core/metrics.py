@@ -28,6 +28,10 @@ class Counters:
     ssd_evicted_blocks: int = 0
     ssd_restarts: int = 0  # of the storage process
     dropped_blocks: int = 0  # wanted to be stored, found no room
+    prefetched_blocks: int = 0  # read from a lower tier before a load asked for them
+    verify_checked: int = 0  # blocks of sampled hits that were compared with what the engine computed anew
+    verify_mismatches: int = 0  # of those, blocks that were wrong; each left all tiers
+    verify_skipped: int = 0  # blocks of sampled hits that could not be compared
 
     def as_dict(self) -> dict[str, int | float]:
         """The counters by name."""

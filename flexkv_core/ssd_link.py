@@ -134,6 +134,11 @@ class SsdLink:
                 self._cache.finish_write(plan, self._writes.pop(op).ok, retry=True)
                 return
 
+    def forget(self, slots: Slots) -> None:
+        """Remove the records of ``slots``, so that no restart finds them."""
+        if len(slots):
+            self._process.forget(slots)
+
     def clear(self) -> None:
         """Forget what is on the SSD."""
         self._process.clear(self._new_id())
@@ -186,12 +191,8 @@ class SsdLink:
         del self._writes[progress.op]
         self.written_blocks += int(write.ok.sum())
         # Dropped: the process died, and the next one shall have them. What the disk refused is not asked of it again.
-        self._forget(self._cache.finish_write(write.plan, write.ok, retry=write.is_dropped))
+        self.forget(self._cache.finish_write(write.plan, write.ok, retry=write.is_dropped))
         self.write_behind()
-
-    def _forget(self, slots: Slots) -> None:
-        if len(slots):
-            self._process.forget(slots)
 
     def _on_corrupt(self, slots: Slots) -> None:
         """The scrubber found these: the storage process refuses them from now on, and the next get drops them."""

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from flexkv_core.cache.plans import GetPlan, PutPlan
 from flexkv_core.storage.base import BlockStatus, Statuses
 from flexkv_core.transfer.plan import OpStatus
-from flexkv_core.types import BlockIds, Direction, Slots, TokenIds
+from flexkv_core.types import BlockIds, Direction, Slots, Tier, TokenIds
 
 NO_STATUSES: Statuses = np.empty(0, np.uint32)
 _NO_SLOTS: Slots = np.empty(0, np.int32)
@@ -38,13 +38,35 @@ class KVResponse:
     return_mask: npt.NDArray[np.bool_] | None = None
 
 
+class Purpose(Enum):
+    """What a task that reads from the cache is for."""
+
+    GET = "get"  # slots -> device
+    PREFETCH = "prefetch"  # lower tiers -> host slots
+    CHECK = "check"  # slots against what the device holds, see flexkv_core/verify.py
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """A block whose stored bytes are not what the engine computes. ``block`` counts from the sequence's first block."""
+
+    block: int
+    tier: Tier
+    key: bytes
+
+
 @dataclass(frozen=True)
 class TaskDone:
-    """Report of a task that was started by keys. ``ok`` is bool [blocks of the task]."""
+    """Report of a task that was started by keys. ``ok`` is bool [blocks of the task]; ``mismatches`` are those of a check."""
 
     task_id: int
     status: KVResponseStatus
     ok: npt.NDArray[np.bool_]
+    mismatches: tuple[Mismatch, ...] = ()
+
+
+OnDone = Callable[[TaskDone], None]
+"""Told once how a task that was started by keys has ended."""
 
 
 @dataclass
@@ -61,7 +83,10 @@ class Task:
     keys: bytes
     slots: Slots
     tokens: int
-    on_done: Callable[[TaskDone], None] | None = None
+    on_done: OnDone | None = None
+    purpose: Purpose = Purpose.GET
+    wrong: npt.NDArray[np.bool_] | None = None  # of a check: bool [blocks], compared and found different
+    mismatches: tuple[Mismatch, ...] = ()
     read_statuses: Statuses | None = None  # uint32 [reads of the plan], once all have ended
     copied: bool = False  # the copy has ended, or there is none
     copy_status: OpStatus = OpStatus.DONE
@@ -79,6 +104,11 @@ class Task:
     def ended(self) -> bool:
         """Whether the outcome is known."""
         return self.status is not KVResponseStatus.UNREADY
+
+    @property
+    def read_count(self) -> int:
+        """Blocks that a lower tier must fill first."""
+        return len(self.plan.reads) if isinstance(self.plan, GetPlan) else 0
 
     def awaited(self) -> npt.NDArray[np.bool_] | None:
         """bool [blocks that move], the slots that a lower tier must fill first; None if none must."""

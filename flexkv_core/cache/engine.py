@@ -145,6 +145,27 @@ class GlobalCacheEngine:
         self.stats.blocks_invalidated += removed
         return removed
 
+    def expel(self, plan: GetPlan, block: int, tier: Tier) -> Slots:
+        """A block's bytes are not what its key says, whatever their checksum: it leaves the tree in all tiers, with everything below it.
+
+        ``block`` and ``plan`` as for :meth:`invalidate`; ``tier`` is where the plan found it, and that slot is never used again. Call before
+        ``finish_get``. Returns the block's slot on the SSD (int32, none or one), whose record must be forgotten before anything else is
+        written: a restart would find the block again.
+        """
+        bad = _slot_of(plan, block, tier)
+        if bad >= 0 and plan.lease and plan.lease.lease_id in self._leases.gets:
+            self.pools[tier].quarantine(bad)
+        slots, run, at = self._slots_of_last(plan.sequence_keys[: KEY_BYTES * (block + 1)])
+        if bad < 0 or slots[tier] != bad:
+            return NO_SLOTS
+        if at > 1:
+            self.residency.split(run, at - 1)
+        before = self.index.blocks
+        self.residency.detach(run)
+        self.stats.blocks_invalidated += before - self.index.blocks
+        on_ssd = slots.get(Tier.SSD, -1)
+        return NO_SLOTS if on_ssd < 0 else np.array([on_ssd], dtype=np.int32)
+
     # ---- put -----------------------------------------------------------------------------------------------------------------
 
     def plan_put(self, keys: bytes) -> PutPlan:

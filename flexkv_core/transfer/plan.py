@@ -62,13 +62,15 @@ class OpResult:
     """The end of an op.
 
     ``ok`` is bool [n]: which blocks arrived whole (a LOAD finds a block whose checksum does not match and leaves it out); all False
-    unless ``status`` is DONE. ``seconds`` is the time the copy took, without its wait in the queue.
+    unless ``status`` is DONE. ``seconds`` is the time the copy took, without its wait in the queue. ``wrong`` is bool [n] where the op
+    compared instead of copying: the blocks that were looked at and are not what they should be.
     """
 
     op_id: int
     status: OpStatus
     ok: npt.NDArray[np.bool_]
     seconds: float = 0.0
+    wrong: npt.NDArray[np.bool_] | None = None
 
 
 class Executor(Protocol):

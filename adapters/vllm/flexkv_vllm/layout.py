@@ -14,6 +14,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, MLAAttent
 from flexkv_core.config import FlexKVConfig
 from flexkv_core.errors import ConfigError, LayoutError
 from flexkv_core.layout import DeviceSegments, KVLayout
+from flexkv_core.verify import TOLERANCES
 from flexkv_kernels.copier import segments_of
 from flexkv_vllm.compat.weights import weights_identity
 
@@ -25,8 +26,8 @@ _SUPPORTED_SPECS = (FullAttentionSpec, MLAAttentionSpec)
 _DRAFTS_WITHOUT_KV = ("ngram", "suffix")
 
 
-def check_supported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
-    """Refuse what would not be served right.
+def check_engine(vllm_config: VllmConfig, config: FlexKVConfig) -> None:
+    """Refuse options of the engine under which requests would not be served right; known before it loads anything.
 
     Raises:
         ConfigError: with the reason and what to change.
@@ -45,6 +46,21 @@ def check_supported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> 
             f"FlexKV: speculative decoding with method {speculative.method!r} keeps KV of a draft model, which is not supported yet;"
             f" allowed: {', '.join(_DRAFTS_WITHOUT_KV)}"
         )
+    dtype = _kv_dtype(vllm_config)
+    if config.verify_sample and dtype not in TOLERANCES:
+        raise ConfigError(
+            f"verify_sample = {config.verify_sample}: the KV cache has dtype {dtype}, which cannot be compared; set it to 0. Dtypes that"
+            f" can: {', '.join(TOLERANCES)}"
+        )
+
+
+def check_supported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: FlexKVConfig) -> None:
+    """:func:`check_engine`, and what the KV cache of the model tells.
+
+    Raises:
+        ConfigError: with the reason and what to change.
+    """
+    check_engine(vllm_config, config)
     groups = kv_cache_config.kv_cache_groups
     if len(groups) != 1:
         kinds = ", ".join(sorted({type(group.kv_cache_spec).__name__ for group in groups}))
@@ -117,6 +133,13 @@ def identity(
         else None,
         "tensor_parallel": vllm_config.parallel_config.tensor_parallel_size,
     }
+
+
+def _kv_dtype(vllm_config: VllmConfig) -> str:
+    """Of the KV cache, in torch's words where the model's own is kept, otherwise in vLLM's."""
+    kept = str(vllm_config.cache_config.cache_dtype)
+    dtype = vllm_config.model_config.dtype if kept == "auto" else kept
+    return str(dtype).removeprefix("torch.")
 
 
 def _layer_specs(kv_cache_config: KVCacheConfig) -> Iterable[tuple[str, KVCacheSpec]]:

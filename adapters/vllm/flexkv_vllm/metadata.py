@@ -19,7 +19,8 @@ class StepMetadata(KVConnectorMetadata):
         segment: the host tier's memory, mapped by a worker when it sees it first.
         loads: request -> its load, started before the step's forward.
         stores: started after the step's forward.
-        wait_before: stores that must end before the step begins: their blocks were taken away by a preemption.
+        checks: started after the step's forward: the device blocks are compared with the slots, see ``flexkv_core/verify.py``.
+        wait_before: stores and checks that must end before the step begins: their blocks were taken away by a preemption.
         releases: finished request -> the stores that its blocks are held for.
         unloadable: request -> device blocks that were promised and cannot be loaded; they are reported as failed.
         idle: the step computes nothing, so that a worker may wait a little for its copies.
@@ -28,6 +29,7 @@ class StepMetadata(KVConnectorMetadata):
     segment: SegmentHandle
     loads: Mapping[str, TransferOp] = field(default_factory=dict)
     stores: tuple[TransferOp, ...] = ()
+    checks: tuple[TransferOp, ...] = ()
     wait_before: frozenset[int] = frozenset()
     releases: Mapping[str, frozenset[int]] = field(default_factory=dict)
     unloadable: Mapping[str, tuple[int, ...]] = field(default_factory=dict)

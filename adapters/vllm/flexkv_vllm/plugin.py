@@ -1,4 +1,4 @@
-"""vLLM's plugin entry point: makes the connector known by name in every process of the engine."""
+"""vLLM's plugin entry point: makes the connector known by name in every process of the engine, and has its settings checked early."""
 
 from __future__ import annotations
 
@@ -7,5 +7,15 @@ def register() -> None:
     """Register ``FlexKVConnector`` with vLLM's connector factory; a second call does nothing."""
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
+    from flexkv_vllm.compat import early_check
+
     if "FlexKVConnector" not in KVConnectorFactory._registry:
         KVConnectorFactory.register_connector("FlexKVConnector", "flexkv_vllm.connector", "FlexKVConnector")
+    early_check.install(_check)
+
+
+def _check(vllm_config: object, memory: bool) -> None:
+    # Imported when an engine has a connector at all: every process of every engine loads this module.
+    from flexkv_vllm.preflight import check_before_weights
+
+    check_before_weights(vllm_config, memory)

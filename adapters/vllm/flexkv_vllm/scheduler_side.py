@@ -19,9 +19,10 @@ import numpy as np
 from flexkv_core.config import FlexKVConfig
 from flexkv_core.keys import KeyChain, namespace_root
 from flexkv_core.manager import KVManager, ModelConfig
-from flexkv_core.tasks import KVResponseStatus, TaskDone, prefix_length
+from flexkv_core.tasks import KVResponseStatus, Purpose, TaskDone, prefix_length
 from flexkv_core.transfer.plan import TransferOp
-from flexkv_core.types import Direction
+from flexkv_core.types import KEY_BYTES, Direction
+from flexkv_core.verify import HitSampler
 from flexkv_vllm.compat.request import is_cacheable, namespace_of, salts_of, token_list
 from flexkv_vllm.events import EventLog, publishes_events
 from flexkv_vllm.layout import check_supported, identity, slot_layout
@@ -46,6 +47,14 @@ DECODE_STORE_BLOCKS = 8
 
 
 @dataclass
+class _Check:
+    """Blocks ``next_block`` … ``stop`` - 1 of a request are compared once the engine has computed them."""
+
+    next_block: int
+    stop: int
+
+
+@dataclass
 class _RequestState:
     request: Request
     chain: KeyChain
@@ -53,7 +62,9 @@ class _RequestState:
     local_tokens: int = 0  # what the device held at the last lookup
     hit_blocks: int = 0  # what was promised then
     planned_blocks: int = 0  # blocks that were looked at for storing
-    stores: dict[int, int] = field(default_factory=dict)  # store under way -> its first block
+    stores: dict[int, int] = field(default_factory=dict)  # store or check under way -> its first block
+    is_sampled: bool | None = None  # None: it had no hit yet
+    check: _Check | None = None
     loading: int | None = None  # the load under way
     load_failed: bool = False
 
@@ -67,7 +78,7 @@ class SchedulerSide:
     """
 
     def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: FlexKVConfig) -> None:
-        check_supported(vllm_config, kv_cache_config)
+        check_supported(vllm_config, kv_cache_config, config)
         transfer = vllm_config.kv_transfer_config
         assert transfer is not None
         self._config = config
@@ -79,6 +90,8 @@ class SchedulerSide:
         self.events = EventLog(
             layout.tokens_per_block, enabled=config.events and publishes_events(vllm_config)
         )
+        self._sampler = HitSampler(config.verify_sample)
+        self._checks: set[int] = set()  # planned since the last step
         model = ModelConfig(identity(vllm_config, kv_cache_config, config), layout)
         self.manager = KVManager(model, config, self._executor, track_removed=self.events.enabled)
         self.manager.start()
@@ -104,6 +117,10 @@ class SchedulerSide:
         state.hit_blocks = self.manager.match_keys(state.chain.keys(limit))
         gain = state.hit_blocks * self._block_tokens - local_tokens
         if gain < max(1, self._config.load_tokens_min):
+            state.hit_blocks = 0
+            return 0, False
+        if self._is_sampled(state):
+            state.check = _Check(local_tokens // self._block_tokens, state.hit_blocks)
             state.hit_blocks = 0
             return 0, False
         return gain, True
@@ -149,11 +166,12 @@ class SchedulerSide:
             state = self._requests.get(request_id)
             if state is not None:
                 self._store(state, state.request.num_computed_tokens + scheduled, finished=False)
-        loads, stores = self._ops()
+        loads, stores, checks = self._ops()
         metadata = StepMetadata(
             segment=self.manager.host.handle,
             loads=loads,
             stores=tuple(stores),
+            checks=tuple(checks),
             wait_before=wait_before,
             releases=self._releases,
             unloadable=self._unloadable,
@@ -252,6 +270,8 @@ class SchedulerSide:
     def _store(self, state: _RequestState, computed_tokens: int, finished: bool) -> None:
         """Plan a store of the full blocks among the first ``computed_tokens``, of which only tokens that are known for sure count."""
         request = state.request
+        if state.check is not None:
+            self._compare(state, state.check, computed_tokens // self._block_tokens)
         if not self._may_store:
             return
         known = request.num_tokens if self._config.store_decode else request.num_prompt_tokens
@@ -270,15 +290,44 @@ class SchedulerSide:
         blocks = state.device_blocks[start * self._per_slot : (start + count) * self._per_slot]
         self.manager.launch_blocks(task_id, np.array(blocks, np.int64))
 
-    def _ops(self) -> tuple[dict[str, TransferOp], list[TransferOp]]:
+    def _is_sampled(self, state: _RequestState) -> bool:
+        """Whether the request's hit is computed again and compared; decided once a request."""
+        if state.is_sampled is None:
+            last_key = state.chain.keys(state.hit_blocks)[-KEY_BYTES:]
+            state.is_sampled = self._sampler.take(last_key)
+        return state.is_sampled
+
+    def _compare(self, state: _RequestState, check: _Check, full: int) -> None:
+        """Have the sampled blocks among the first ``full`` compared. They are held like blocks that are being stored."""
+        stop = min(full, check.stop)
+        if stop <= check.next_block:
+            return
+        start, check.next_block = check.next_block, stop
+        task_id, count = self.manager.get_keys(
+            state.chain.keys(stop),
+            start,
+            lambda done: self._ended.append(partial(self._check_ended, state, done)),
+            Purpose.CHECK,
+        )
+        if not count:
+            return
+        state.stores[task_id] = start
+        self._checks.add(task_id)
+        blocks = state.device_blocks[start * self._per_slot : (start + count) * self._per_slot]
+        self.manager.launch_blocks(task_id, np.array(blocks, np.int64))
+
+    def _ops(self) -> tuple[dict[str, TransferOp], list[TransferOp], list[TransferOp]]:
         ops = self._executor.take()
         loads_by_task = {
             state.loading: request_id
             for request_id, state in self._requests.items()
             if state.loading is not None
         }
-        loads = {loads_by_task[op.op_id]: op for op in ops if op.direction is Direction.LOAD}
-        return loads, [op for op in ops if op.direction is Direction.STORE]
+        checks = [op for op in ops if op.op_id in self._checks]
+        copies = [op for op in ops if op.op_id not in self._checks]
+        self._checks.clear()
+        loads = {loads_by_task[op.op_id]: op for op in copies if op.direction is Direction.LOAD}
+        return loads, [op for op in copies if op.direction is Direction.STORE], checks
 
     def _load_ended(self, request_id: str, done: TaskDone) -> None:
         state = self._requests.get(request_id)
@@ -289,6 +338,22 @@ class SchedulerSide:
             state.load_failed = True  # what failed once is recomputed, not asked for again
         if state.request.is_finished():
             del self._requests[request_id]
+
+    def _check_ended(self, state: _RequestState, done: TaskDone) -> None:
+        del state.stores[done.task_id]
+        if not done.mismatches:
+            return
+        first = done.mismatches[0]
+        logger.error(
+            "verification: block %d of request %s is not what the engine computes (tier %s, key %s; %d such blocks); dropped",
+            first.block,
+            state.request.request_id,
+            first.tier.name,
+            first.key.hex(),
+            len(done.mismatches),
+        )
+        # The right bytes are still on the device, unless the request has ended: they are stored anew.
+        state.planned_blocks = min(state.planned_blocks, first.block)
 
     def _store_ended(self, state: _RequestState, done: TaskDone) -> None:
         start = state.stores.pop(done.task_id)

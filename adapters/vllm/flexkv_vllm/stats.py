@@ -36,6 +36,10 @@ _COUNTERS = {
     "ssd_evicted_blocks": "Blocks that left the SSD to make room.",
     "ssd_restarts": "Times that the storage process was started again.",
     "dropped_blocks": "Blocks that found no room.",
+    "prefetched_blocks": "Blocks read from a lower tier before a load asked for them.",
+    "verify_checked": "Blocks of sampled hits that were compared with what the engine computed anew.",
+    "verify_mismatches": "Blocks that were stored and are not what the engine computes; any is an alarm.",
+    "verify_skipped": "Blocks of sampled hits that could not be compared.",
 }
 assert _COUNTERS.keys() == {field.name for field in fields(Counters)}
 

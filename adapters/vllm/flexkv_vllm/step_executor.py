@@ -61,7 +61,8 @@ class StepExecutor:
         return ops
 
     def report(self, op_id: int, results: Sequence[OpResult]) -> None:
-        """Results of some ranks; the last one ends the op. A block has arrived when it has on every rank."""
+        """Results of some ranks; the last one ends the op. A block has arrived when it has on every rank, and is
+        wrong when it is on any."""
         op = self._sent.get(op_id)
         if op is None:
             return
@@ -73,4 +74,7 @@ class StepExecutor:
         failed = any(result.status is not OpStatus.DONE for result in reports)
         ok = np.logical_and.reduce([result.ok for result in reports])
         status = OpStatus.FAILED if failed else OpStatus.DONE
-        self._on_result(OpResult(op_id, status, ok, max(result.seconds for result in reports)))
+        seconds = max(result.seconds for result in reports)
+        found = [result.wrong for result in reports if result.wrong is not None]
+        wrong = np.logical_or.reduce(found) if found else None
+        self._on_result(OpResult(op_id, status, ok, seconds, wrong))

@@ -1,7 +1,7 @@
 """The connector's worker side: one rank's copies between vLLM's KV tensors and the host tier.
 
-Ops come with a step's metadata and run on the thread of a :class:`~flexkv_core.transfer.engine.TransferEngine`. Loads start before the
-step's forward, stores behind it. Whatever fails is reported, so that vLLM computes those blocks again; nothing here raises while serving.
+Ops come with a step's metadata and run on the thread of a :class:`~flexkv_core.transfer.engine.TransferEngine`, checks on that of another.
+Loads start before the step's forward, stores and checks behind it. Whatever fails is reported, so that vLLM computes those blocks again; nothing here raises while serving.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +20,7 @@ from flexkv_core.errors import FlexKVError, LayoutError
 from flexkv_core.storage.memory import HostSegment
 from flexkv_core.transfer.engine import TransferEngine
 from flexkv_core.transfer.plan import DeviceCopier, OpResult, OpStatus, TransferOp
+from flexkv_core.verify import TOLERANCES, ShadowCopier
 from flexkv_kernels.copier import CpuCopier
 from flexkv_vllm.layout import check_supported, device_segments, slot_layout
 from flexkv_vllm.metadata import StepMetadata, WorkerResults
@@ -37,12 +39,14 @@ class WorkerSide:
     """See the module's text. All methods but the transfer thread's callback run on the worker's main thread."""
 
     def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: FlexKVConfig) -> None:
-        check_supported(vllm_config, kv_cache_config)
+        check_supported(vllm_config, kv_cache_config, config)
         self._config = config
         self._kv_cache_config = kv_cache_config
         self._layout = slot_layout(vllm_config, kv_cache_config, config)
         self._copier: DeviceCopier | None = None
         self._engine: TransferEngine | None = None
+        self._checker: TransferEngine | None = None
+        self._shadow: ShadowCopier | None = None
         self._host: HostSegment | None = None
         self._unusable = False
         self._changed = threading.Condition()
@@ -68,15 +72,19 @@ class WorkerSide:
                 f" {self._layout.device_block_bytes} bytes"
             )
         self._copier = CpuCopier(segments, keep_alive=kv_caches)
+        dtype = str(next(iter(kv_caches.values())).dtype).removeprefix("torch.")
+        if self._config.verify_sample and dtype in TOLERANCES:
+            self._shadow = ShadowCopier(CpuCopier(segments, keep_alive=kv_caches), dtype)
         self._rank = rank
 
     # Each step, in this order
 
     def before_step(self, metadata: StepMetadata) -> None:
         """Wait for the stores whose blocks this step may overwrite."""
-        if not metadata.wait_before or self._engine is None:
+        if not metadata.wait_before:
             return
-        if not self._engine.drain(metadata.wait_before, self._config.transfer_timeout_s):
+        engines = [engine for engine in (self._engine, self._checker) if engine is not None]
+        if not all(engine.drain(metadata.wait_before, self._config.transfer_timeout_s) for engine in engines):
             logger.error(
                 "stores of preempted requests did not end in %.1f s: dropped", self._config.transfer_timeout_s
             )
@@ -94,9 +102,11 @@ class WorkerSide:
             self._submit(op, metadata)
 
     def start_stores(self, metadata: StepMetadata) -> None:
-        """Submit the stores of what the step has computed."""
+        """Submit the stores and the checks of what the step has computed."""
         for op in metadata.stores:
             self._submit(op, metadata)
+        for op in metadata.checks:
+            self._submit(op, metadata, is_check=True)
         self._releases.update(metadata.releases)
 
     def finished(self, metadata: StepMetadata) -> tuple[set[str], set[str]]:
@@ -130,15 +140,21 @@ class WorkerSide:
         """End the transfers and unmap the host tier."""
         if self._engine is not None:
             self._engine.close()
+        if self._checker is not None:
+            self._checker.close()
+        if self._shadow is not None:
+            self._shadow.close()
         if self._host is not None:
             self._host.close()
 
     # Inside
 
-    def _submit(self, op: TransferOp, metadata: StepMetadata) -> None:
+    def _submit(self, op: TransferOp, metadata: StepMetadata, is_check: bool = False) -> None:
         with self._changed:
             self._unfinished[op.op_id] = op
         engine = self._engine or self._start_engine(metadata)
+        if is_check and engine is not None:
+            engine = self._checker or self._start_checker()
         if engine is None:
             self._on_result(OpResult(op.op_id, OpStatus.FAILED, np.zeros(len(op.slots), np.bool_)))
         else:
@@ -165,6 +181,32 @@ class WorkerSide:
         host.populate()
         self._host, self._engine = host, engine
         return engine
+
+    def _start_checker(self) -> TransferEngine | None:
+        """Start the thread that compares, beside the one that copies; None for ever when that fails."""
+        if self._shadow is None:
+            return None
+        assert self._host is not None
+        checker = TransferEngine(
+            self._shadow,
+            shard=self._rank,
+            queue_ops_max=self._config.queue_ops_max,
+            timeout_s=self._config.transfer_timeout_s,
+        )
+        try:
+            checker.start(self._host, self._on_checked)
+        except FlexKVError:
+            logger.exception("this worker verifies nothing")
+            self._shadow = None
+            return None
+        self._checker = checker
+        return checker
+
+    def _on_checked(self, result: OpResult) -> None:
+        """Called on the checking thread."""
+        assert self._shadow is not None
+        wrong = self._shadow.take_wrong(self._unfinished[result.op_id])
+        self._on_result(replace(result, wrong=wrong))
 
     def _on_result(self, result: OpResult) -> None:
         """Called on the transfer thread."""

@@ -1,0 +1,76 @@
+"""What can be refused before the engine loads its weights: settings, sizes and directories that no later step could make right.
+
+The connector checks again, and more, when the engine's KV layout is known; these checks only spare the user the wait. So they refuse
+nothing that the later ones would accept.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flexkv_core.config import FlexKVConfig, load_config
+from flexkv_core.errors import CapacityError, ConfigError
+from flexkv_core.storage.directory import FOLDER_PREFIX
+from flexkv_core.storage.memory import check_capacity
+from flexkv_vllm.layout import check_engine
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+CONNECTOR = "FlexKVConnector"
+
+
+def check_before_weights(vllm_config: VllmConfig, memory: bool) -> None:
+    """Refuse what is wrong already; does nothing for an engine without FlexKV.
+
+    ``memory``: whether the host tier must fit into what is free now; not where an engine of this process may have taken it.
+
+    Raises:
+        ConfigError: a setting, or a model or engine option that cannot be served.
+        CapacityError: more memory or disk than there is.
+    """
+    transfer = vllm_config.kv_transfer_config
+    if transfer is None or transfer.kv_connector != CONNECTOR:
+        return
+    config = load_config(transfer.kv_connector_extra_config)
+    check_engine(vllm_config, config)
+    cache = vllm_config.cache_config
+    # Another block size than a user's own may still be changed by the attention that is chosen for the model.
+    if getattr(cache, "user_specified_block_size", False):
+        check_block_size(config, cache.block_size)
+    if memory:
+        check_capacity(int(config.host_bytes), config.huge_pages)
+    for directory in config.ssd_dirs:
+        check_directory(Path(directory), int(config.ssd_bytes))
+
+
+def check_block_size(config: FlexKVConfig, block_size: int) -> None:
+    """Raises ConfigError when ``tokens_per_block`` is no multiple of the engine's ``block_size``, in tokens."""
+    if config.tokens_per_block is not None and config.tokens_per_block % block_size:
+        raise ConfigError(
+            f"tokens_per_block = {config.tokens_per_block}: must be a multiple of the engine's block size, {block_size}"
+        )
+
+
+def check_directory(directory: Path, asked_bytes: int) -> None:
+    """A folder of the SSD tier can be made there, and has room. Creates nothing.
+
+    Raises:
+        ConfigError: it is no folder, cannot be written, or its parent is not there.
+        CapacityError: the disk has less than ``asked_bytes`` free (not checked where a tier's files lie already).
+    """
+    place = directory if directory.exists() else directory.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        reason = "is no directory" if not place.is_dir() else "cannot be written"
+        raise ConfigError(f"ssd_dirs: {directory} cannot be used: {place} {reason}")
+    system = os.statvfs(place)
+    if system.f_flag & os.ST_RDONLY:
+        raise ConfigError(f"ssd_dirs: {directory} cannot be used: {place} is on a read-only file system")
+    available = system.f_bavail * system.f_frsize
+    if asked_bytes > available and not any(place.glob(f"{FOLDER_PREFIX}*")):
+        raise CapacityError(
+            f"ssd_bytes: {asked_bytes} bytes asked for in {directory}, {available} bytes are available; lower ssd_bytes or name"
+            " another directory in ssd_dirs"
+        )
