@@ -74,7 +74,7 @@ class DeviceSegments:
 
     Attributes:
         addresses: int64 [segments], address of each segment's piece of block 0.
-        strides: int64 [segments], bytes from a block's piece to the next block's.
+        strides: int64 [segments], bytes from a block's piece to the next block's; 0 where all blocks share one spare piece.
         piece_bytes: bytes of a piece.
         block_count: blocks that exist; ids are ``0 … block_count - 1``.
 
@@ -97,9 +97,10 @@ class DeviceSegments:
             raise LayoutError(
                 f"segments: piece_bytes = {self.piece_bytes}, block_count = {self.block_count}; expected at least 1"
             )
-        if (self.strides < self.piece_bytes).any():
+        overlapping = (self.strides < self.piece_bytes) & (self.strides != 0)
+        if overlapping.any():
             raise LayoutError(
-                f"segments: found a stride of {int(self.strides.min())} bytes; expected at least the piece's"
+                f"segments: found a stride of {int(self.strides[overlapping].min())} bytes; expected at least the piece's"
                 f" {self.piece_bytes}"
             )
 

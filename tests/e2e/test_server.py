@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -178,6 +179,63 @@ def test_tensor_parallel_and_sigkill(llama: Path, tmp_path: Path) -> None:
         _assert_gone(segments)
 
 
+def test_uneven_pipeline_and_the_death_of_a_rank(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """Stages of three layers and one. A worker that dies takes the engine with it, as without FlexKV, and no host memory is left."""
+    cpus = sorted(os.sched_getaffinity(0))
+    stages = (
+        *("--pipeline-parallel-size", "2"),
+        *(
+            "--compilation-config",
+            '{"mode":1,"backend":"eager"}',
+        ),  # or vLLM's CPU worker never makes its buffers
+    )
+    environment = {
+        "VLLM_CPU_OMP_THREADS_BIND": f"{cpus[0]}|{cpus[-1]}",
+        "VLLM_PP_LAYER_PARTITION": "3,1",
+    }
+    arguments = [name for name in CPU_ARGUMENTS if name != "--enforce-eager"]
+    server = VllmServer(
+        tiny_model("hybrid"),
+        [*arguments, *ONE_LINE, *stages],
+        {**ENVIRONMENT, **environment},
+        tmp_path / "server.log",
+    )
+    with server:
+        with VllmClient(server.base_url) as client:
+            _assert_equal_hits(*_hits(client, prompt_tokens(1400, 1501)))
+        segments = _segments_of_group(server.pid)
+        assert segments
+        os.kill(_worker_of(server.pid), signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while server.alive:
+            assert time.monotonic() < deadline, "the engine outlived its worker"
+            time.sleep(0.2)
+    _assert_gone(segments)
+
+
+def test_latent_cache_of_two_ranks_is_stored_once(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    cpus = sorted(os.sched_getaffinity(0))
+    ranks = ("--tensor-parallel-size", "2")
+    binding = f"{cpus[0]}|{cpus[-1]}"
+    arguments = [*CPU_ARGUMENTS, *ONE_LINE, *ranks]
+    environment = {**ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": binding}
+    with VllmServer(tiny_model("mla"), arguments, environment, tmp_path / "server.log") as server:
+        with VllmClient(server.base_url) as client:
+            prompt = prompt_tokens(1000, 1502)
+            cold = client.complete(prompt, 8)
+            client.reset_prefix_cache()
+            first, second = client.complete(prompt, 8), None
+            client.reset_prefix_cache()
+            second = client.complete(prompt, 8)
+            assert cold.cached_tokens == 0
+            assert first.cached_tokens == second.cached_tokens > 900
+            assert first.token_ids == second.token_ids
+            metrics = client.metrics()
+            blocks = metrics.total("vllm:flexkv_stored_blocks_total")
+            # 16 tokens of 576 float32 numbers in two layers
+            assert metrics.total("vllm:flexkv_stored_bytes_total") == blocks * 16 * 576 * 4 * 2
+
+
 def test_real_model_through_a_stop_and_a_kill(demo_model: Path, tmp_path: Path) -> None:
     """The demo's own course, once; the host tier is gone after each end of a server."""
     config = with_ssd_tier(KV_TRANSFER_CONFIG, tmp_path / "ssd")
@@ -198,6 +256,18 @@ def test_real_model_through_a_stop_and_a_kill(demo_model: Path, tmp_path: Path) 
 def _segments_of_group(group: int) -> set[tuple[str, str]]:
     """Device and inode of every host tier that a process of the group maps."""
     return _mapped_segments(lambda pid: _group_of(pid) == group)
+
+
+def _worker_of(group: int) -> int:
+    """A process of the group that is one of the engine's workers, by the name that vLLM gives them."""
+    for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
+        try:
+            name = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        if "Worker_PP" in name and _group_of(pid) == group:
+            return pid
+    raise AssertionError("the server has no worker process")
 
 
 def _assert_gone(segments: set[tuple[str, str]]) -> None:

@@ -13,7 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
     KVConnectorWorkerMetadata,
 )
-from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_rank
 
 from flexkv_core.config import load_config
 from flexkv_vllm.compat.hit_source import HOST_HITS
@@ -71,7 +71,7 @@ class FlexKVConnector(KVConnectorBase_V1):
     # Worker's side
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        self._worker.register(kv_caches, get_tensor_model_parallel_rank())
+        self._worker.register(kv_caches, get_pp_group().rank_in_group, get_tensor_model_parallel_rank())
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         assert isinstance(kv_connector_metadata, StepMetadata)

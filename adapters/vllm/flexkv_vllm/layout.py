@@ -17,6 +17,7 @@ from flexkv_core.layout import DeviceSegments, KVLayout
 from flexkv_core.verify import TOLERANCES
 from flexkv_kernels.copier import segments_of
 from flexkv_vllm.compat.weights import weights_identity
+from flexkv_vllm.ranks import Ranks
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -34,7 +35,6 @@ def check_engine(vllm_config: VllmConfig, config: FlexKVConfig) -> None:
     """
     parallel = vllm_config.parallel_config
     for name, value in (
-        ("pipeline_parallel_size", parallel.pipeline_parallel_size),
         ("decode_context_parallel_size", getattr(parallel, "decode_context_parallel_size", 1)),
         ("prefill_context_parallel_size", getattr(parallel, "prefill_context_parallel_size", 1)),
     ):
@@ -74,6 +74,17 @@ def check_supported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, con
                 f"FlexKV: layer {name} keeps its KV as {type(spec).__name__}; only full attention and MLA are supported yet,"
                 " because other layers do not keep every block"
             )
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    sizes = {spec.page_size_bytes for _, spec in _layer_specs(kv_cache_config)}
+    if stages > 1 and len(sizes) > 1:
+        raise ConfigError(
+            f"FlexKV: pipeline_parallel_size = {stages} with layers of {sorted(sizes)} bytes a block is not supported yet; it must be 1"
+        )
+
+
+def ranks_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Ranks:
+    """How the engine's ranks share a slot; equal in the scheduler and all workers."""
+    return Ranks.of(vllm_config, [spec for _, spec in _layer_specs(kv_cache_config)])
 
 
 def slot_layout(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: FlexKVConfig) -> KVLayout:
@@ -83,11 +94,13 @@ def slot_layout(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config:
         ConfigError: ``tokens_per_block`` is no multiple of the engine's block size.
     """
     block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+    ranks = ranks_of(vllm_config, kv_cache_config)
+    sizes = [spec.page_size_bytes for _, spec in _layer_specs(kv_cache_config)]
     return KVLayout(
         tokens_per_block=config.tokens_per_block or block_size,
         device_block_tokens=block_size,
-        device_block_bytes=sum(spec.page_size_bytes for _, spec in _layer_specs(kv_cache_config)),
-        shard_count=vllm_config.parallel_config.tensor_parallel_size,
+        device_block_bytes=sum(sizes) if len(ranks.stage_layers) == 1 else sizes[0] * max(ranks.stage_layers),
+        shard_count=ranks.shard_count,
     )
 
 
@@ -125,7 +138,7 @@ def identity(
         "kv_dtype": str(cache.cache_dtype),
         "kv_spec": repr(spec),
         "kv_layout": getattr(kv_cache_config, "kv_cache_layout", None),
-        "layers": len(list(_layer_specs(kv_cache_config))),
+        "stage_layers": list(ranks_of(vllm_config, kv_cache_config).stage_layers),
         "device": vllm_config.device_config.device_type,
         # On a CPU, K is packed for the instruction set that the kernels chose.
         "packing": torch.backends.cpu.get_cpu_capability()

@@ -25,7 +25,7 @@ from flexkv_core.types import KEY_BYTES, Direction
 from flexkv_core.verify import HitSampler
 from flexkv_vllm.compat.request import is_cacheable, namespace_of, salts_of, token_list
 from flexkv_vllm.events import EventLog, publishes_events
-from flexkv_vllm.layout import check_supported, identity, slot_layout
+from flexkv_vllm.layout import check_supported, identity, ranks_of, slot_layout
 from flexkv_vllm.metadata import StepMetadata, WorkerResults
 from flexkv_vllm.stats import FlexKVStats
 from flexkv_vllm.step_executor import StepExecutor
@@ -86,7 +86,7 @@ class SchedulerSide:
         layout = slot_layout(vllm_config, kv_cache_config, config)
         self._block_tokens = layout.tokens_per_block
         self._per_slot = layout.blocks_per_slot
-        self._executor = StepExecutor(vllm_config.parallel_config.tensor_parallel_size, config.queue_ops_max)
+        self._executor = StepExecutor(ranks_of(vllm_config, kv_cache_config).count, config.queue_ops_max)
         self.events = EventLog(
             layout.tokens_per_block, enabled=config.events and publishes_events(vllm_config)
         )

@@ -16,14 +16,15 @@ import numpy as np
 import torch
 
 from flexkv_core.config import FlexKVConfig
-from flexkv_core.errors import FlexKVError, LayoutError
+from flexkv_core.errors import FlexKVError
 from flexkv_core.storage.memory import HostSegment
 from flexkv_core.transfer.engine import TransferEngine
 from flexkv_core.transfer.plan import DeviceCopier, OpResult, OpStatus, TransferOp
 from flexkv_core.verify import TOLERANCES, ShadowCopier
 from flexkv_kernels.copier import CpuCopier
-from flexkv_vllm.layout import check_supported, device_segments, slot_layout
+from flexkv_vllm.layout import check_supported, device_segments, ranks_of, slot_layout
 from flexkv_vllm.metadata import StepMetadata, WorkerResults
+from flexkv_vllm.ranks import fill_shard
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -41,7 +42,7 @@ class WorkerSide:
     def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: FlexKVConfig) -> None:
         check_supported(vllm_config, kv_cache_config, config)
         self._config = config
-        self._kv_cache_config = kv_cache_config
+        self._vllm_config, self._kv_cache_config = vllm_config, kv_cache_config
         self._layout = slot_layout(vllm_config, kv_cache_config, config)
         self._copier: DeviceCopier | None = None
         self._engine: TransferEngine | None = None
@@ -59,23 +60,20 @@ class WorkerSide:
         self._failed_blocks: set[int] = set()
         self._outbox: dict[int, tuple[OpResult, ...]] = {}
 
-    def register(self, kv_caches: Mapping[str, torch.Tensor], rank: int) -> None:
-        """Learn where the KV tensors lie; ``rank`` is the tensor-parallel rank, and this rank's shard of each slot.
+    def register(self, kv_caches: Mapping[str, torch.Tensor], stage: int, tensor_rank: int) -> None:
+        """Learn where the KV tensors lie; ``stage`` and ``tensor_rank`` are this rank's pipeline and tensor-parallel ranks.
 
         Raises:
             LayoutError: the tensors do not lie as the engine's configuration says.
         """
-        segments = device_segments(kv_caches, self._kv_cache_config)
-        if segments.block_bytes != self._layout.device_block_bytes:
-            raise LayoutError(
-                f"KV tensors: found {segments.block_bytes} bytes a block in {len(segments.addresses)} segments; expected"
-                f" {self._layout.device_block_bytes} bytes"
-            )
+        ranks = ranks_of(self._vllm_config, self._kv_cache_config)
+        found = device_segments(kv_caches, self._kv_cache_config)
+        segments, self._spare = fill_shard(found, self._layout.device_block_bytes)
+        self._shard, self._writes = ranks.shard(stage, tensor_rank), ranks.writes(tensor_rank)
         self._copier = CpuCopier(segments, keep_alive=kv_caches)
         dtype = str(next(iter(kv_caches.values())).dtype).removeprefix("torch.")
         if self._config.verify_sample and dtype in TOLERANCES:
             self._shadow = ShadowCopier(CpuCopier(segments, keep_alive=kv_caches), dtype)
-        self._rank = rank
 
     # Each step, in this order
 
@@ -104,7 +102,10 @@ class WorkerSide:
     def start_stores(self, metadata: StepMetadata) -> None:
         """Submit the stores and the checks of what the step has computed."""
         for op in metadata.stores:
-            self._submit(op, metadata)
+            if self._writes:
+                self._submit(op, metadata)
+            else:  # another rank stores the same bytes
+                self._results.append(OpResult(op.op_id, OpStatus.DONE, np.ones(len(op.slots), np.bool_)))
         for op in metadata.checks:
             self._submit(op, metadata, is_check=True)
         self._releases.update(metadata.releases)
@@ -168,7 +169,7 @@ class WorkerSide:
             host = HostSegment.attach(metadata.segment)
             engine = TransferEngine(
                 self._copier,
-                shard=self._rank,
+                shard=self._shard,
                 queue_ops_max=self._config.queue_ops_max,
                 timeout_s=self._config.transfer_timeout_s,
                 verify=self._config.verify_checksums,
@@ -189,7 +190,7 @@ class WorkerSide:
         assert self._host is not None
         checker = TransferEngine(
             self._shadow,
-            shard=self._rank,
+            shard=self._shard,
             queue_ops_max=self._config.queue_ops_max,
             timeout_s=self._config.transfer_timeout_s,
         )
