@@ -219,21 +219,21 @@ def test_latent_cache_of_two_ranks_is_stored_once(tiny_model: Callable[[str], Pa
     binding = f"{cpus[0]}|{cpus[-1]}"
     arguments = [*CPU_ARGUMENTS, *ONE_LINE, *ranks]
     environment = {**ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": binding}
-    with VllmServer(tiny_model("mla"), arguments, environment, tmp_path / "server.log") as server:
-        with VllmClient(server.base_url) as client:
-            prompt = prompt_tokens(1000, 1502)
-            cold = client.complete(prompt, 8)
-            client.reset_prefix_cache()
-            first, second = client.complete(prompt, 8), None
-            client.reset_prefix_cache()
-            second = client.complete(prompt, 8)
-            assert cold.cached_tokens == 0
-            assert first.cached_tokens == second.cached_tokens > 900
-            assert first.token_ids == second.token_ids
-            metrics = client.metrics()
-            blocks = metrics.total("vllm:flexkv_stored_blocks_total")
-            # 16 tokens of 576 float32 numbers in two layers
-            assert metrics.total("vllm:flexkv_stored_bytes_total") == blocks * 16 * 576 * 4 * 2
+    server = VllmServer(tiny_model("mla"), arguments, environment, tmp_path / "server.log")
+    with server, VllmClient(server.base_url) as client:
+        prompt = prompt_tokens(1000, 1502)
+        cold = client.complete(prompt, 8)
+        client.reset_prefix_cache()
+        first = client.complete(prompt, 8)
+        client.reset_prefix_cache()
+        second = client.complete(prompt, 8)
+        assert cold.cached_tokens == 0
+        assert first.cached_tokens == second.cached_tokens > 900
+        assert first.token_ids == second.token_ids
+        metrics = client.metrics()
+        blocks = metrics.total("vllm:flexkv_stored_blocks_total")
+        # 16 tokens of 576 float32 numbers in two layers
+        assert metrics.total("vllm:flexkv_stored_bytes_total") == blocks * 16 * 576 * 4 * 2
 
 
 def test_real_model_through_a_stop_and_a_kill(demo_model: Path, tmp_path: Path) -> None:
