@@ -9,9 +9,10 @@ the scheduler's thread.
 from __future__ import annotations
 
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 
 from flexkv_core.manager import KVManager
 from flexkv_core.tasks import TaskDone
@@ -21,6 +22,8 @@ REQUESTS_MAX = 8
 """Requests that are read for at the same time: enough to keep a disk busy, few enough that the next one in the queue comes first."""
 PIECE_BYTES = 64 << 20
 """Read at a time for a request: 20 to 60 ms of an SSD, the most that is read for nothing after an abort."""
+LOOKAHEAD_MAX = 64
+"""Requests from the head of the queue that are looked at in a step."""
 HOST_SHARE = 2
 """Waiting requests hold at most one in this many slots of the host tier."""
 
@@ -33,6 +36,7 @@ class _Waiting:
     keys: bytes = b""
     next_block: int = 0
     read_blocks: int = 0
+    is_done: bool = False  # there is nothing more to read
     task: int | None = None
     deadline: float = 0.0  # of the task, time.monotonic()
 
@@ -72,21 +76,18 @@ class Prefetcher:
 
     def start(self) -> None:
         """A scheduling step is over: read for those that it left waiting, in their order."""
-        reading = sum(waiting.task is not None for waiting in self._waiting.values())
-        room = self._budget - sum(waiting.read_blocks for waiting in self._waiting.values())
-        done: deque[str] = deque()
-        for request_id, waiting in self._waiting.items():
+        first = list(islice(self._waiting.values(), LOOKAHEAD_MAX))
+        reading = sum(waiting.task is not None for waiting in first)
+        room = self._budget - sum(waiting.read_blocks for waiting in first)
+        for request_id, waiting in islice(self._waiting.items(), LOOKAHEAD_MAX):
             if reading >= REQUESTS_MAX or room <= 0:
-                break
-            if waiting.task is not None:
-                continue
-            asked = self._next_piece(request_id, waiting, room)
-            room -= asked
-            reading += waiting.task is not None
-        del done
+                return
+            if waiting.task is None and not waiting.is_done:
+                room -= self._next_piece(request_id, waiting, room)
+                reading += waiting.task is not None
 
     def _next_piece(self, request_id: str, waiting: _Waiting, room: int) -> int:
-        """Ask for the request's next blocks that host memory lacks; how many. None when there are no more."""
+        """Ask for the request's next blocks that host memory lacks; how many, 0 when there are no more."""
         waiting.keys = waiting.keys or waiting.make_keys()
         found = self._manager.match_keys(waiting.keys)
         while waiting.next_block < found:
@@ -100,6 +101,7 @@ class Prefetcher:
                 waiting.task, waiting.deadline = task, time.monotonic() + self._timeout_s
                 waiting.read_blocks += reads
                 return reads
+        waiting.is_done = True
         return 0
 
     def _done(self, request_id: str, done: TaskDone) -> None:
