@@ -34,6 +34,7 @@ class _Waiting:
 
     make_keys: Callable[[], bytes]
     keys: bytes = b""
+    found_blocks: int = 0
     next_block: int = 0
     read_blocks: int = 0
     is_done: bool = False  # there is nothing more to read
@@ -76,23 +77,23 @@ class Prefetcher:
 
     def start(self) -> None:
         """A scheduling step is over: read for those that it left waiting, in their order."""
-        first = list(islice(self._waiting.values(), LOOKAHEAD_MAX))
-        reading = sum(waiting.task is not None for waiting in first)
-        room = self._budget - sum(waiting.read_blocks for waiting in first)
+        reading, room = 0, self._budget
         for request_id, waiting in islice(self._waiting.items(), LOOKAHEAD_MAX):
             if reading >= REQUESTS_MAX or room <= 0:
                 return
             if waiting.task is None and not waiting.is_done:
-                room -= self._next_piece(request_id, waiting, room)
-                reading += waiting.task is not None
+                self._next_piece(request_id, waiting, room)
+            reading += waiting.task is not None
+            # What the first in the queue will still need is kept for them.
+            room -= waiting.read_blocks if waiting.is_done else max(waiting.read_blocks, waiting.found_blocks)
 
-    def _next_piece(self, request_id: str, waiting: _Waiting, room: int) -> int:
-        """Ask for the request's next blocks that host memory lacks; how many, 0 when there are no more."""
+    def _next_piece(self, request_id: str, waiting: _Waiting, room: int) -> None:
+        """Ask for the request's next blocks that host memory lacks, ``room`` of them at most."""
         waiting.keys = waiting.keys or waiting.make_keys()
-        found = self._manager.match_keys(waiting.keys)
+        found = waiting.found_blocks = self._manager.match_keys(waiting.keys)
         while waiting.next_block < found:
             start = waiting.next_block
-            stop = min(found, start + min(self._piece_blocks, room))
+            stop = min(found, start + min(self._piece_blocks, max(1, room - waiting.read_blocks)))
             task, reads = self._manager.prefetch_keys(
                 waiting.keys[: KEY_BYTES * stop], start, lambda done: self._done(request_id, done)
             )
@@ -100,9 +101,8 @@ class Prefetcher:
             if reads:
                 waiting.task, waiting.deadline = task, time.monotonic() + self._timeout_s
                 waiting.read_blocks += reads
-                return reads
+                return
         waiting.is_done = True
-        return 0
 
     def _done(self, request_id: str, done: TaskDone) -> None:
         """Called on any thread."""
