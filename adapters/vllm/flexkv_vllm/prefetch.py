@@ -81,8 +81,9 @@ class Prefetcher:
         for request_id, waiting in islice(self._waiting.items(), LOOKAHEAD_MAX):
             if reading >= REQUESTS_MAX or room <= 0:
                 return
-            if waiting.task is None and not waiting.is_done:
-                self._next_piece(request_id, waiting, room)
+            left = room - waiting.read_blocks
+            if waiting.task is None and not waiting.is_done and left > 0:
+                self._next_piece(request_id, waiting, left)
             reading += waiting.task is not None
             # What the first in the queue will still need is kept for them.
             room -= waiting.read_blocks if waiting.is_done else max(waiting.read_blocks, waiting.found_blocks)
@@ -93,7 +94,7 @@ class Prefetcher:
         found = waiting.found_blocks = self._manager.match_keys(waiting.keys)
         while waiting.next_block < found:
             start = waiting.next_block
-            stop = min(found, start + min(self._piece_blocks, max(1, room - waiting.read_blocks)))
+            stop = min(found, start + min(self._piece_blocks, room))
             task, reads = self._manager.prefetch_keys(
                 waiting.keys[: KEY_BYTES * stop], start, lambda done: self._done(request_id, done)
             )
