@@ -108,7 +108,7 @@ class FlexKVConnector(KVConnectorBase_V1):
     # Scheduler's side
 
     def on_new_request(self, request: Request) -> None:
-        """Nothing is known about it before it is looked up."""
+        self._scheduler.queued(request)
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int

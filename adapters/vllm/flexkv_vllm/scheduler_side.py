@@ -27,6 +27,7 @@ from flexkv_vllm.compat.request import is_cacheable, namespace_of, salts_of, tok
 from flexkv_vllm.events import EventLog, publishes_events
 from flexkv_vllm.layout import check_supported, identity, ranks_of, slot_layout
 from flexkv_vllm.metadata import StepMetadata, WorkerResults
+from flexkv_vllm.prefetch import Prefetcher
 from flexkv_vllm.stats import FlexKVStats
 from flexkv_vllm.step_executor import StepExecutor
 
@@ -102,19 +103,35 @@ class SchedulerSide:
         self._ended: deque[Callable[[], None]] = (
             deque()
         )  # what tasks report, on any thread, until the next call
+        self._prefetcher = (
+            Prefetcher(self.manager, self._ended.append, config.transfer_timeout_s)
+            if config.prefetch_queued and config.ssd_dirs
+            else None
+        )
 
     # A request's way in
 
-    def matched_tokens(self, request: Request, local_tokens: int) -> tuple[int, bool]:
-        """Tokens that a load would add to the ``local_tokens`` that the device holds. Pins nothing; may be called every step."""
+    def queued(self, request: Request) -> None:
+        """The engine has taken the request in, and will look it up later. Versions that do not say so are heard of with the lookup."""
+        if self._prefetcher is None or not self._may_load:
+            return
+        state = self._state(request)
+        if state is not None:
+            self._prefetcher.add(request.request_id, partial(self._prompt_keys, state))
+
+    def matched_tokens(self, request: Request, local_tokens: int) -> tuple[int | None, bool]:
+        """Tokens that a load would add to the ``local_tokens`` that the device holds. Pins nothing; may be called every step.
+
+        None: ask again in the next step, the request's blocks are on their way from the SSD to host memory.
+        """
         state = self._state(request)
         if state is None or not self._may_load or state.load_failed:
             return 0, False
-        # One token is left to compute, as with the engine's own hits: its logits are what the request wants.
-        limit = (request.num_tokens - 1) // self._block_tokens
-        state.chain.extend(token_list(request), limit * self._block_tokens)
+        self.queued(request)
+        if self._prefetcher is not None and self._prefetcher.is_reading(request.request_id):
+            return None, False
         state.local_tokens = local_tokens
-        state.hit_blocks = self.manager.match_keys(state.chain.keys(limit))
+        state.hit_blocks = self.manager.match_keys(self._prompt_keys(state))
         gain = state.hit_blocks * self._block_tokens - local_tokens
         if gain < max(1, self._config.load_tokens_min):
             state.hit_blocks = 0
@@ -127,6 +144,8 @@ class SchedulerSide:
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, external_tokens: int) -> None:
         """Start the load that :meth:`matched_tokens` promised into the blocks that the engine took for it."""
+        if self._prefetcher is not None:
+            self._prefetcher.remove(request.request_id)
         state = self._requests.get(request.request_id)
         if state is None or not external_tokens:
             return
@@ -166,6 +185,8 @@ class SchedulerSide:
             state = self._requests.get(request_id)
             if state is not None:
                 self._store(state, state.request.num_computed_tokens + scheduled, finished=False)
+        if self._prefetcher is not None:
+            self._prefetcher.start()
         loads, stores, checks = self._ops()
         metadata = StepMetadata(
             segment=self.manager.host.handle,
@@ -191,6 +212,8 @@ class SchedulerSide:
     def finished(self, request: Request, device_blocks: list[int]) -> bool:
         """Store what is left; True when the blocks must be kept until the workers have named the request."""
         self._take_ended()
+        if self._prefetcher is not None:
+            self._prefetcher.remove(request.request_id)
         state = self._requests.get(request.request_id)
         if state is None:
             return False
@@ -236,6 +259,13 @@ class SchedulerSide:
             state = _RequestState(request, KeyChain(root, self._block_tokens, salts_of(request)))
             self._requests[request.request_id] = state
         return state
+
+    def _prompt_keys(self, state: _RequestState) -> bytes:
+        """Keys of the blocks that a load may bring. One token is left to compute, as with the engine's own hits: its logits are what
+        the request wants."""
+        limit = (state.request.num_tokens - 1) // self._block_tokens
+        state.chain.extend(token_list(state.request), limit * self._block_tokens)
+        return state.chain.keys(limit)
 
     def _take_ended(self) -> None:
         while self._ended:

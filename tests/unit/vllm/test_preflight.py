@@ -14,7 +14,7 @@ from flexkv_vllm.preflight import check_block_size, check_directory
 def test_block_size() -> None:
     check_block_size(FlexKVConfig(tokens_per_block=None), 64)
     check_block_size(FlexKVConfig(tokens_per_block=128), 64)
-    with pytest.raises(ConfigError, match="tokens_per_block = 96: must be a multiple .* 64"):
+    with pytest.raises(ConfigError, match=r"tokens_per_block = 96: must be a multiple .* 64"):
         check_block_size(FlexKVConfig(tokens_per_block=96), 64)
 
 
@@ -23,7 +23,7 @@ def test_directory(tmp_path: Path) -> None:
     check_directory(tmp_path / "new", 1)
     (tmp_path / "file").touch()
     for bad in (tmp_path / "file", tmp_path / "file" / "new", tmp_path / "no" / "parent"):
-        with pytest.raises(ConfigError, match="cannot be used: .* is no directory"):
+        with pytest.raises(ConfigError, match=r"cannot be used: .* is no directory"):
             check_directory(bad, 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"], "nothing is made"
 
