@@ -235,17 +235,23 @@ class GlobalCacheEngine:
     def finish_write(self, plan: WritePlan, ok: npt.NDArray[np.bool_], retry: bool = False) -> Slots:
         """The writes have ended. ``ok``: bool, one a block: the block is durable in its slot.
 
-        Those are on the SSD from now on; the slots of the others return, and with ``retry`` they wait anew. Returns the slots (int32) that were written for
-        blocks that have left the tree meanwhile: the store should forget them before it is given anything else to write.
+        Those are on the SSD from now on; the slots of the others return, and they wait anew with ``retry``, or are owed (see
+        :meth:`queue_owed_writes`). Returns the slots (int32) that were written for blocks that have left the tree meanwhile: the store should
+        forget them before it is given anything else to write.
         """
         forget = self._write_behind.finish(plan, ok, retry)
         self._free_unused()
         return forget
 
     def drop_oldest_writes(self, blocks: int) -> int:
-        """Give up at least ``blocks`` blocks that wait to be written, if there are so many; returns how many. They are written with
-        what follows them, if that is."""
+        """Give up at least ``blocks`` blocks that wait to be written, if there are so many; returns how many. They are owed from now on,
+        and are written earlier with what follows them, if that is."""
         return self._write_behind.drop_oldest(blocks)
+
+    def queue_owed_writes(self, blocks: int) -> int:
+        """Back-fill: let at least ``blocks`` blocks that are owed to the SSD wait to be written again, if there are so many; returns how
+        many. Owed is what failed or was given up, and is still in host memory only."""
+        return self._write_behind.queue_owed(blocks)
 
     @property
     def waiting_writes(self) -> int:

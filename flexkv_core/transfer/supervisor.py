@@ -43,6 +43,7 @@ RESTART_WINDOW_S = 60.0
 """A process that dies more often than this stays down: something is wrong that starting does not mend."""
 BACKOFF_S = 0.1  # before the first start anew, then doubled
 KILL_AFTER_S = 2.0  # beyond a stop's deadline
+TICK_S = 0.5  # how late a write that is owed begins once it may; costs 20 us
 
 # Not `-m`, which runs the module a second time: importing the package has imported it.
 _RUN_WORKER = "from flexkv_core.transfer.worker import main; main()"
@@ -82,6 +83,7 @@ class StorageProcess:
         host: the host tier; this process must own it.
         on_progress: called on the supervisor's thread, for every block of every accepted read, write, flush and clear.
         on_corrupt: called on that thread with the SSD slots that the scrubber put into quarantine.
+        on_tick: called on that thread whenever a process begins to take commands, and about every TICK_S while one does.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class StorageProcess:
         host: HostSegment,
         on_progress: Callable[[Progress], None],
         on_corrupt: Callable[[Slots], None] = lambda slots: None,
+        on_tick: Callable[[], None] = lambda: None,
     ) -> None:
         assert host.handle.pid == os.getpid(), "the host segment belongs to another process"
         self.slot_count = slot_count(spec)
@@ -98,6 +101,7 @@ class StorageProcess:
         self._host = host
         self._on_progress = on_progress
         self._on_corrupt = on_corrupt
+        self._on_tick = on_tick
         self._lock = threading.Lock()  # guards what follows, and pushing
         self._pending: dict[int, _Pending] = {}
         self._records_under_way = 0
@@ -255,11 +259,22 @@ class StorageProcess:
         poll = select.poll()
         poll.register(link.completions.fileno(), select.POLLIN)
         poll.register(link.pid_fd, select.POLLIN)
+        next_tick = 0.0
         while True:
-            ready = {fd for fd, _ in poll.poll()}
+            if (left_s := next_tick - time.monotonic()) <= 0:
+                self._guard(self._on_tick)
+                left_s, next_tick = TICK_S, time.monotonic() + TICK_S
+            ready = {fd for fd, _ in poll.poll(left_s * 1000)}
             self._take(link)
             if link.pid_fd in ready:
                 return
+
+    def _guard(self, call: Callable[[], None]) -> None:
+        """The thread's edge: a fault of the manager's must not leave other batches without an end."""
+        try:
+            call()
+        except Exception:
+            logger.exception("storage process: the manager did not take a report")
 
     def _take(self, link: _Link) -> None:
         done = link.completions.take()
@@ -267,7 +282,7 @@ class StorageProcess:
             return
         unasked = done[done["op"] == 0]
         if len(unasked):
-            self._on_corrupt(unasked["index"].astype(np.int32))
+            self._guard(lambda: self._on_corrupt(unasked["index"].astype(np.int32)))
         done = done[np.argsort(done["op"], kind="stable")]
         for part in np.split(done, np.flatnonzero(np.diff(done["op"])) + 1):
             if part["op"][0]:
@@ -283,14 +298,8 @@ class StorageProcess:
                 self._forget_pending(op)
             if pending.kind is CommandKind.CLEAR and statuses[0] == BlockStatus.OK:
                 self._clear_owed = False
-        if pending.is_own:
-            return
-        try:
-            self._on_progress(Progress(op, pending.kind, indexes, statuses, finished))
-        except (
-            Exception
-        ):  # the thread's edge: a fault of the manager's must not leave other batches without an end
-            logger.exception("storage process: a report was not taken")
+        if not pending.is_own:
+            self._guard(lambda: self._on_progress(Progress(op, pending.kind, indexes, statuses, finished)))
 
     def _drop_pending(self) -> None:
         with self._lock:

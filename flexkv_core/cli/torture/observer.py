@@ -42,8 +42,9 @@ class ObservedProcess(StorageProcess):
         host: HostSegment,
         on_progress: Callable[[Progress], None],
         on_corrupt: Callable[[Slots], None],
+        on_tick: Callable[[], None],
     ) -> None:
-        super().__init__(spec, host, self._observe, self._observe_corrupt)
+        super().__init__(spec, host, self._observe, self._observe_corrupt, on_tick)
         self._observer = observer
         self._tell = on_progress
         self._tell_corrupt = on_corrupt
@@ -108,7 +109,8 @@ def install(observer: Observer, write_bytes: int) -> None:
         host: HostSegment,
         on_progress: Callable[[Progress], None],
         on_corrupt: Callable[[Slots], None],
+        on_tick: Callable[[], None],
     ) -> ObservedProcess:
-        return ObservedProcess(observer, spec, host, on_progress, on_corrupt)
+        return ObservedProcess(observer, spec, host, on_progress, on_corrupt, on_tick)
 
     vars(ssd_link).update(StorageProcess=make, WRITE_BYTES=write_bytes)

@@ -216,3 +216,28 @@ def test_warm_start_of_nothing(make: Engine) -> None:
     engine = make(8, 16)
     assert not len(engine.load(array(), b"", b""))
     engine.check_integrity()
+
+
+def test_what_is_owed_waits_again_when_it_is_asked_for(make: Engine) -> None:
+    engine, keys, others = make(16, 32), keys_of(6), keys_of(4)
+    store(engine, keys)
+    store(engine, others)
+    assert engine.drop_oldest_writes(6) == 6
+    plan = engine.plan_write(64)
+    assert plan is not None
+    assert plan.keys == others
+    ok = np.array([True, True, False, False])
+    assert not len(engine.finish_write(plan, ok))
+    assert engine.plan_write(64) is None
+    store(engine, keys + keys_of(2))  # cuts nothing: what is owed stays so when its run grows
+    assert engine.queue_owed_writes(1) + engine.queue_owed_writes(64) == 8
+    assert engine.queue_owed_writes(64) == 0
+    assert sum(plan.count for plan in write_all(engine)) == 10
+
+
+def test_nothing_is_owed_that_has_left_host_memory(make: Engine) -> None:
+    engine, keys = make(8, 32), keys_of(8)
+    store(engine, keys)
+    engine.drop_oldest_writes(8)
+    engine.evict(8)
+    assert engine.queue_owed_writes(64) == 0

@@ -78,6 +78,7 @@ class TiersMachine(RuleBasedStateMachine):
         self.live: dict[int, Live] = {}
         self.quarantined: set[int] = set()
         self.must_wait: set[bytes] = set()  # published blocks that no write plan may forget
+        self.owed: set[bytes] = set()  # those that must wait again after queue_owed_writes()
         self.steps = 0
 
     # ---- the model -----------------------------------------------------------------------------------------------------------
@@ -151,6 +152,7 @@ class TiersMachine(RuleBasedStateMachine):
         for key in keys:
             del self.tree[key]
         self.must_wait -= keys
+        self.owed -= keys
 
     def evicted(
         self, tier: Tier, room_needed: int, own_path: Iterable[bytes] = (), exactly: bool = True
@@ -390,6 +392,7 @@ class TiersMachine(RuleBasedStateMachine):
             block.writing = self.counter
             self.records.pop(int(plan.ssd_slots[i]), None)  # the store begins with that
         self.must_wait -= set(keys)
+        self.owed -= set(keys)
         self.counter -= 1
         return self.begin(plan, keys)
 
@@ -427,8 +430,8 @@ class TiersMachine(RuleBasedStateMachine):
                     block.slots[Tier.SSD] = slot
                 else:
                     forget.add(slot)
-            elif retry and here:
-                self.must_wait.add(key)
+            elif here:
+                (self.must_wait if retry else self.owed).add(key)
         assert set(self.engine.finish_write(plan, np.array(ok, np.bool_), retry).tolist()) == forget
         for slot in forget:
             del self.records[slot]
@@ -440,7 +443,14 @@ class TiersMachine(RuleBasedStateMachine):
         waiting = self.engine.waiting_writes
         dropped = self.engine.drop_oldest_writes(blocks)
         assert dropped >= min(blocks, waiting)
+        self.owed |= self.must_wait
         self.must_wait.clear()
+
+    @rule()
+    def queue_owed_writes(self) -> None:
+        self.engine.queue_owed_writes(1 << 20)
+        self.must_wait |= self.owed
+        self.owed.clear()
 
     # ---- all -----------------------------------------------------------------------------------------------------------------
 
@@ -473,6 +483,7 @@ class TiersMachine(RuleBasedStateMachine):
         self.tree.clear()
         self.records.clear()
         self.must_wait.clear()
+        self.owed.clear()
         self.steps = 0
 
     @precondition(lambda self: self.steps > 12)
