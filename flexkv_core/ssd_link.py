@@ -88,6 +88,7 @@ class SsdLink:
         self._writing = Backoff(PAUSE_FIRST_S, PAUSE_MAX_S)
         self._filling = Backoff(PAUSE_FIRST_S, PAUSE_MAX_S)
         self._process = StorageProcess(spec, host, self._on_progress, self._on_corrupt, self._on_tick)
+        self._found_bad: list[Slots] = []
         self.written_blocks = 0
         self.read_blocks = 0
         self.corrupt_blocks = 0
@@ -168,6 +169,9 @@ class SsdLink:
     def _on_tick(self) -> None:
         """A process has come up, or a pause may be over."""
         with self._lock:
+            if self._found_bad:
+                bad, self._found_bad = np.concatenate(self._found_bad), []
+                self._cache.drop_slots(Tier.SSD, bad)
             self.write_behind()
 
     def _on_progress(self, progress: Progress) -> None:
@@ -180,7 +184,11 @@ class SsdLink:
 
     def _take_reads(self, progress: Progress) -> None:
         read = self._reads[progress.op]
-        read.statuses[progress.indexes] = progress.statuses
+        statuses = progress.statuses
+        if not progress.is_lost:
+            # Dropped by a living process: its catalogue has no such block. The index must not offer it again.
+            statuses = np.where(statuses == BlockStatus.DROPPED, np.uint32(BlockStatus.IO_ERROR), statuses)
+        read.statuses[progress.indexes] = statuses
         if not progress.finished:
             return
         del self._reads[progress.op]
@@ -229,6 +237,7 @@ class SsdLink:
             self._process.forget(slots)
 
     def _on_corrupt(self, slots: Slots) -> None:
-        """The scrubber found these: the storage process refuses them from now on, and the next get drops them."""
+        """The scrubber found these: the storage process refuses them from now on, and the next tick drops them, all in one go."""
         with self._lock:
             self.corrupt_blocks += len(slots)
+            self._found_bad.append(slots)

@@ -177,6 +177,18 @@ class PyRunIndex:
         gaps = np.flatnonzero(~wanted[first : first + limit])
         return first, int(gaps[0]) if len(gaps) else min(limit, r.length - first)
 
+    def locate(self, tier: int, slots: Slots) -> bytes:
+        """Which blocks lie in ``slots`` (int32) of a tier: (run, place in it, slot) as int32, by run, then by place. Detached runs do not
+        count. Costs a look at all slots."""
+        wanted = set(slots.tolist())
+        found = []
+        for number in self.runs():
+            r = self._runs[number]
+            if not r.detached and r.slots[tier] is not None:
+                held = r.tier_slots(tier).tolist()
+                found += [(number, at, slot) for at, slot in enumerate(held) if slot >= 0 and slot in wanted]
+        return np.array(found, np.int32).tobytes()
+
     # ---- growing and shaping -------------------------------------------------------------------------------------------------
 
     def insert(self, parent: int, keys: bytes, tier: int, slots: Slots) -> int:
@@ -521,7 +533,7 @@ def _pick() -> Any:
         from flexkv_core.native import _native
 
         native_index = getattr(_native, "RunIndex", None)
-        if hasattr(native_index, "load"):
+        if hasattr(native_index, "locate"):
             return native_index
     return PyRunIndex
 

@@ -353,6 +353,7 @@ static PyMethodDef index_methods[] = {
     {"slots", FAST(index_slots)},
     {"segment", FAST(fk_index_segment)},
     {"missing", FAST(fk_index_missing)},
+    {"locate", FAST(fk_index_locate)},
     {"insert", FAST(index_insert)},
     {"split", FAST(index_split)},
     {"merge", FAST(index_merge)},

@@ -56,7 +56,7 @@ class Progress:
     """Blocks of one batch that ended.
 
     ``indexes``: int64 [n], places in the batch as it was submitted. ``statuses``: uint32 [n], :class:`BlockStatus`. ``finished``: these
-    are the last of the batch.
+    are the last of the batch. ``is_lost``: the process ended before them, so they tell nothing about the tier.
     """
 
     op: int
@@ -64,6 +64,7 @@ class Progress:
     indexes: npt.NDArray[np.int64]
     statuses: Statuses
     finished: bool
+    is_lost: bool = False
 
 
 @dataclass
@@ -288,7 +289,9 @@ class StorageProcess:
             if part["op"][0]:
                 self._report(int(part["op"][0]), part["index"].astype(np.int64), part["status"].copy())
 
-    def _report(self, op: int, indexes: npt.NDArray[np.int64], statuses: Statuses) -> None:
+    def _report(
+        self, op: int, indexes: npt.NDArray[np.int64], statuses: Statuses, is_lost: bool = False
+    ) -> None:
         with self._lock:
             pending = self._pending[op]
             pending.left[indexes] = False
@@ -299,7 +302,8 @@ class StorageProcess:
             if pending.kind is CommandKind.CLEAR and statuses[0] == BlockStatus.OK:
                 self._clear_owed = False
         if not pending.is_own:
-            self._guard(lambda: self._on_progress(Progress(op, pending.kind, indexes, statuses, finished)))
+            progress = Progress(op, pending.kind, indexes, statuses, finished, is_lost)
+            self._guard(lambda: self._on_progress(progress))
 
     def _drop_pending(self) -> None:
         with self._lock:
@@ -308,7 +312,7 @@ class StorageProcess:
             indexes = np.flatnonzero(pending.left)
             if pending.kind is CommandKind.READ:
                 self._host.arrivals[pending.host_slots[indexes]] = arrival_mark(op, ok=False)
-            self._report(op, indexes, np.full(len(indexes), BlockStatus.DROPPED, np.uint32))
+            self._report(op, indexes, np.full(len(indexes), BlockStatus.DROPPED, np.uint32), is_lost=True)
 
     def _restart(self, starts: deque[float]) -> _Link | None:
         """The next process, serving; None when it is not to be had."""

@@ -153,3 +153,40 @@ def test_a_slot_that_the_scrubber_found_is_used_no_more(
     assert leaked_slots(manager) == 0
     assert client.tally.wrong == 0
     manager.shutdown()
+
+
+def test_what_the_scrubber_found_is_not_offered_any_more(tmp_path: Path) -> None:
+    """Nobody reads it: it leaves the index, or is written anew if host memory has it."""
+    manager, device = make_manager(settings([str(tmp_path)], 400, 256, scrub_bytes_per_s=64 << 20))
+    client, keys = Client(manager, device, 0), chain_keys(manager.root, 0)
+    client.put(keys)
+    wait_until(lambda: on_ssd(manager) == CHAIN_BLOCKS_MAX)
+    manager.shutdown()
+    flip_bit(next(tmp_path.rglob("data")), 10 * BLOCK_BYTES + 77, 3)
+    manager, device = make_manager(settings([str(tmp_path)], 400, 256, scrub_bytes_per_s=64 << 20))
+    wait_until(lambda: manager.match_keys(keys) == 10)
+    assert manager.counters().ssd_read_blocks == 0
+    Client(manager, device, 0).put(keys)
+    wait_until(lambda: on_ssd(manager) == CHAIN_BLOCKS_MAX)
+    assert leaked_slots(manager) == 0
+    manager.shutdown()
+
+
+def test_what_the_catalogue_lost_is_not_offered_twice(tmp_path: Path) -> None:
+    manager, device = make_manager(settings([str(tmp_path)], 400, 256, scrub_bytes_per_s=0))
+    client, keys, pid = Client(manager, device, 0), chain_keys(manager.root, 0), storage_pid(manager)
+    client.put(keys)
+    wait_until(lambda: on_ssd(manager) == CHAIN_BLOCKS_MAX)
+    with manager._changed:
+        manager._cache.evict(CHAIN_BLOCKS_MAX)
+    os.kill(pid, signal.SIGSTOP)
+    for path in tmp_path.rglob("catalog.sqlite*"):
+        path.unlink()
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: storage_pid(manager) not in (pid, -1))
+    assert manager.match_keys(keys) == CHAIN_BLOCKS_MAX
+    assert not client.get(keys).any()
+    assert manager.match_keys(keys) == 0
+    client.put(keys)
+    wait_until(lambda: on_ssd(manager) == CHAIN_BLOCKS_MAX)
+    manager.shutdown()

@@ -241,3 +241,24 @@ def test_nothing_is_owed_that_has_left_host_memory(make: Engine) -> None:
     engine.drop_oldest_writes(8)
     engine.evict(8)
     assert engine.queue_owed_writes(64) == 0
+
+
+def test_slots_with_other_bytes_leave_the_tree_without_a_read(make: Engine) -> None:
+    engine, keys, branch = make(8, 32), keys_of(8), keys_of(3)
+    store(engine, keys)
+    (plan,) = write_all(engine)
+    slots = plan.ssd_slots
+    assert engine.drop_slots(Tier.SSD, slots[[1, 6]]) == 0  # host memory has them
+    (again,) = write_all(engine)
+    assert again.keys == keys[KEY_BYTES : 2 * KEY_BYTES] + keys[6 * KEY_BYTES : 7 * KEY_BYTES]
+    assert not set(again.ssd_slots.tolist()) & {int(slots[1]), int(slots[6])}
+    engine.evict(8)
+    get = engine.plan_get(keys[: 4 * KEY_BYTES])
+    assert engine.drop_slots(Tier.SSD, slots[[3, 5, 7]]) == 5
+    assert engine.match(keys) == 3
+    store(engine, keys[: 3 * KEY_BYTES] + branch)  # nothing is left that stands in its way
+    engine.invalidate(get, 3, Tier.SSD)  # the read found it too
+    engine.finish_get(get)
+    engine.check_integrity()
+    assert engine.pools[Tier.SSD].quarantined_count == 5
+    assert engine.drop_slots(Tier.SSD, slots) == 3 + len(branch) // KEY_BYTES

@@ -354,6 +354,24 @@ class TiersMachine(RuleBasedStateMachine):
         assert left == len(gone)
         self.leave(gone)
 
+    @rule(data=st.data())
+    def drop_slots(self, data: st.DataObject) -> None:
+        held = {block.slots[Tier.SSD]: key for key, block in self.tree.items() if Tier.SSD in block.slots}
+        bad = data.draw(st.sets(st.integers(0, CAPACITIES[Tier.SSD] - 1), min_size=1, max_size=3), label="bad")
+        gone = set()
+        for slot in bad & held.keys():
+            block = self.tree[held[slot]]
+            self.quarantined.add(slot)
+            self.records.pop(slot)
+            del block.slots[Tier.SSD]
+            if block.slots:
+                self.must_wait.add(held[slot])
+            else:
+                gone.add(held[slot])
+        gone = self.below(gone)
+        assert self.engine.drop_slots(Tier.SSD, np.array(sorted(bad), np.int32)) == len(gone)
+        self.leave(gone)
+
     # ---- write-behind --------------------------------------------------------------------------------------------------------
 
     @rule(target=writes, limit=st.integers(1, 12))
