@@ -39,6 +39,8 @@ WRITES_MAX = 2
 PAUSE_FIRST_S = 0.5
 PAUSE_MAX_S = 30.0
 """After a write of which nothing could be done. A dead disk so costs one attempt in 30 s."""
+FORGET_TIMEOUT_S = 10.0
+"""For what a start finds that no chain connects; it may be all that there was. What is left then is found again next time."""
 _CLOSE_POLL_S = 0.01
 
 
@@ -114,8 +116,8 @@ class SsdLink:
         ages = records.generations.astype(np.int64)
         with self._lock:
             orphans = self._cache.load(records.slots, records.keys, records.parents, ages)
-            if len(orphans):
-                self._process.forget(orphans)
+            if len(orphans) and not self._process.forget(orphans, FORGET_TIMEOUT_S):
+                logger.warning("SSD tier: not all of %d blocks without a beginning were forgotten", len(orphans))
         loaded = len(records) - len(orphans)
         logger.info("SSD tier: %d blocks are warm after %.2f s", loaded, time.monotonic() - started)
         return loaded

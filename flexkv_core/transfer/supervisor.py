@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 RING_RECORDS = 1 << 16
 """Blocks that may be under way: 4 MiB of commands. More are refused, which is a miss or a write that is tried later."""
+FORGET_RECORDS = RING_RECORDS // 2
+"""Sent at a time, so that the other side removes some while the next are waiting."""
 START_TIMEOUT_S = 600.0  # allocating terabytes on a slow file system, loading a catalogue of many millions
 RESTARTS_MAX = 5
 RESTART_WINDOW_S = 60.0
@@ -166,11 +168,19 @@ class StorageProcess:
         commands["key"], commands["parent"] = key_words(keys), key_words(parents)
         return self._send(commands, CommandKind.WRITE, op)
 
-    def forget(self, ssd_slots: Slots) -> bool:
-        """Remove records, in order with the writes. Not answered; one that is lost costs nothing but a record that is still right."""
-        commands = _commands(CommandKind.FORGET, 0, ssd_slots, ssd_slots)
+    def forget(self, ssd_slots: Slots, timeout_s: float = 0.0) -> bool:
+        """Remove records, in order with the writes. Not answered; one that is lost costs nothing but a record that is still right.
+
+        Any number: what the ring has no room for is sent as it empties, for up to ``timeout_s``. False: not all were sent.
+        """
+        deadline = time.monotonic() + timeout_s
         with self._lock:
-            return self._link is not None and self._link.commands.push(commands)
+            for start in range(0, len(ssd_slots), FORGET_RECORDS):
+                part = ssd_slots[start : start + FORGET_RECORDS]
+                commands = _commands(CommandKind.FORGET, 0, part, part)
+                if self._link is None or not self._link.commands.push(commands, deadline - time.monotonic()):
+                    return False
+        return True
 
     def flush(self, op: int) -> bool:
         """Report ``op`` when all writes before it have been reported."""

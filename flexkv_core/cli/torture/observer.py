@@ -68,10 +68,10 @@ class ObservedProcess(StorageProcess):
         self._remember(op, ssd_slots, keys)
         return self._accepted(op, super().write(op, keys, parents, ssd_slots, host_slots))
 
-    def forget(self, ssd_slots: Slots) -> bool:
+    def forget(self, ssd_slots: Slots, timeout_s: float = 0.0) -> bool:
         """As the base."""
         self._observer.will_write(ssd_slots)
-        return super().forget(ssd_slots)
+        return super().forget(ssd_slots, timeout_s)
 
     def _remember(self, op: int, slots: Slots, keys: bytes) -> None:
         with self._asking:
