@@ -8,10 +8,12 @@ import numpy as np
 import numpy.typing as npt
 
 from flexkv_core.cache import integrity
+from flexkv_core.cache.chains import ROOT
 from flexkv_core.cache.leases import Leases, Putting, Reading
 from flexkv_core.cache.plans import NO_READS, NO_SLOTS, CacheStats, GetPlan, PutPlan, Reads, WritePlan
 from flexkv_core.cache.radix_tree import PyRunIndex
 from flexkv_core.cache.residency import Residency
+from flexkv_core.cache.tier_events import TierEvent, TierEvents
 from flexkv_core.cache.write_behind import WriteBehind
 from flexkv_core.types import KEY_BYTES, Slots, Tier
 
@@ -29,21 +31,22 @@ class GlobalCacheEngine:
         capacities: Mapping[Tier, int],
         eviction: str = "lru",
         index_factory: Callable[[bool], PyRunIndex] | None = None,
-        track_removed: bool = False,
+        track_events: bool = False,
     ) -> None:
         """``capacities``: slots of each tier that exists; the host tier must be among them.
 
         ``eviction``: a name of ``flexkv_core.cache.eviction.POLICIES`` (ConfigError otherwise); each tier has an order of its own.
-        ``index_factory`` makes the index (argument: whether removed keys are tracked); the native one by default. ``track_removed``:
-        collect keys for :meth:`take_removed`.
+        ``index_factory`` makes the index (argument: whether removed keys are tracked); the native one by default. ``track_events``:
+        collect what :meth:`take_events` gives.
         """
         assert Tier.HOST in capacities, "the host tier is not optional"
         self.stats = CacheStats()
-        self.residency = Residency(capacities, eviction, index_factory, track_removed)
+        self.residency = Residency(capacities, eviction, index_factory, track_events)
         self.pools = self.residency.pools
         self.index = self.residency.index
+        self._events = TierEvents(self.index, self.pools, track_events)
         self._leases = Leases()
-        self._write_behind = WriteBehind(self.residency, self._leases, self.stats)
+        self._write_behind = WriteBehind(self.residency, self._leases, self.stats, self._events)
 
     # ---- looking -------------------------------------------------------------------------------------------------------------
 
@@ -300,9 +303,10 @@ class GlobalCacheEngine:
             words = fits.nonzero()[0]
             keys, parents = (np.frombuffer(raw, "V16")[words].tobytes() for raw in (keys, parents))
         taken = slots if fits.all() else slots[fits]
-        dropped = self.residency.load(
+        dropped, runs = self.residency.load(
             tier, taken, keys, parents, ages[fits] if len(taken) < len(slots) else ages
         )
+        self._events.loaded(tier, runs.tolist())
         self.stats.blocks_loaded += len(taken) - len(dropped)
         return np.concatenate([slots[~fits], taken[dropped]])
 
@@ -311,12 +315,13 @@ class GlobalCacheEngine:
     def reset(self) -> None:
         """Forget everything. Slots of plans that have not ended return when these end."""
         self.residency.detach_all()
-        self.index.drain_removed()  # the caller knows that all are gone
+        self._events.clear()  # the caller knows that all are gone
         self.stats.resets += 1
 
-    def take_removed(self) -> bytes:
-        """Keys of published blocks that left the tree since the last call (not by a reset); empty unless tracked."""
-        return self.index.drain_removed()
+    def take_events(self, blocks_max: int = 1 << 30) -> list[TierEvent]:
+        """What came to each tier and left it since the last call (a reset is none), oldest first, at most about ``blocks_max`` blocks; nothing
+        unless tracked."""
+        return self._events.take(blocks_max)
 
     def check_integrity(self) -> None:
         """Recount everything; AssertionError says what differs. Costs time in proportion to what is cached: for tests."""
@@ -355,11 +360,19 @@ class GlobalCacheEngine:
             own[bad] = -1
         if len(own):
             self.stats.blocks_read += int((own >= 0).sum())
+            before = own.copy()
             self.residency.fill(reading.run, reading.skip, Tier.HOST, own)
+            self._note_read(plan, (before >= 0) & (own < 0))
         # What the tree did not take: another plan was first, or the block has left.
         back = np.concatenate([failed, own[own >= 0]])
         if len(back):
             self.pools[Tier.HOST].free(back)
+
+    def _note_read(self, plan: GetPlan, taken: npt.NDArray[np.bool_]) -> None:
+        if self._events.enabled:
+            start = KEY_BYTES * plan.start_block
+            before = plan.sequence_keys[start - KEY_BYTES : start] if start else ROOT
+            self._events.stored(Tier.HOST, plan.keys, before + plan.keys[:-KEY_BYTES], taken)
 
     def _slots_of_last(self, keys: bytes) -> tuple[dict[Tier, int], int, int]:
         """The slots of the last of ``keys`` in each tier (none if it is not found), its run, and its place there + 1."""
@@ -376,6 +389,7 @@ class GlobalCacheEngine:
         gone = np.array([slot], dtype=np.int32)
         self.index.set_slots(run, tier, at, np.array([-1], dtype=np.int32))
         self._leases.park(tier, gone)
+        self._events.removed(tier, self.index.segment(run, tier, at, 1)[1])
         if tier is Tier.SSD:
             self.residency.queue.add(run, 1)
         self.stats.copies_invalidated += 1
@@ -436,6 +450,7 @@ class GlobalCacheEngine:
     def _publish(self, pieces: list[int]) -> None:
         for run in reversed(pieces):
             self.residency.publish(run)
+        self._events.stored_runs(Tier.HOST, reversed(pieces))
         if pieces:
             self.residency.touch(pieces[0])
 

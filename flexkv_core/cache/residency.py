@@ -180,8 +180,9 @@ class Residency:
         self.owed.clear()
         self.collect()
 
-    def load(self, tier: Tier, slots: Slots, keys: bytes, parents: bytes, ages: np.ndarray) -> Slots:
-        """:meth:`PyRunIndex.load` into fresh slots; the order of eviction follows the ages. Returns the positions that were dropped."""
+    def load(self, tier: Tier, slots: Slots, keys: bytes, parents: bytes, ages: np.ndarray) -> tuple[Slots, Slots]:
+        """:meth:`PyRunIndex.load` into fresh slots; the order of eviction follows the ages. Returns the positions that were dropped, and
+        the runs, parents before children."""
         dropped_raw, runs_raw, ages_raw = self.index.load(tier, slots, keys, parents, ages)
         runs, newest = np.frombuffer(runs_raw, np.int32), np.frombuffer(ages_raw, np.int64)
         add = self.policies[tier].add
@@ -190,7 +191,7 @@ class Residency:
             add(run)
         dropped = np.frombuffer(dropped_raw, np.int32)
         self.pools[tier].claim(np.delete(slots, dropped))
-        return dropped
+        return dropped, runs
 
     def collect(self) -> None:
         """Bring slots that the index let go back to their pools."""

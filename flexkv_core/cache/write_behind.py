@@ -8,6 +8,7 @@ import numpy.typing as npt
 from flexkv_core.cache.leases import Leases, Stretch, Writing
 from flexkv_core.cache.plans import NO_SLOTS, CacheStats, WritePlan
 from flexkv_core.cache.residency import Residency
+from flexkv_core.cache.tier_events import TierEvents
 from flexkv_core.cache.write_queue import WriteQueue
 from flexkv_core.types import KEY_BYTES, Slots, Tier
 
@@ -18,11 +19,14 @@ _Piece = tuple[int, int, int]
 class WriteBehind:
     """Part of :class:`~flexkv_core.cache.engine.GlobalCacheEngine`, which documents what its methods promise."""
 
-    def __init__(self, residency: Residency, leases: Leases, stats: CacheStats) -> None:
+    def __init__(
+        self, residency: Residency, leases: Leases, stats: CacheStats, events: TierEvents
+    ) -> None:
         self._residency = residency
         self._index = residency.index
         self._leases = leases
         self._stats = stats
+        self._events = events
 
     def plan(self, limit_blocks: int) -> WritePlan | None:
         """Of :meth:`GlobalCacheEngine.plan_write`."""
@@ -48,6 +52,7 @@ class WriteBehind:
         assert len(ok) == plan.count, f"{len(ok)} results of {plan.count} writes"
         slots: Slots = np.where(ok, plan.ssd_slots, np.int32(-1))
         self._settle(writing, slots)
+        self._events.stored(Tier.SSD, plan.keys, plan.parents, ok & (slots < 0))
         forget = slots[slots >= 0]
         back = np.concatenate([plan.ssd_slots[~ok], forget])
         if len(back):

@@ -47,7 +47,7 @@ typedef struct {
     int track_removed;
     unsigned tiers; /* bits of those that were ever used */
     fk_vector freed[FK_TIERS]; /* int32 slots that were let go */
-    fk_vector removed;         /* keys of published blocks that left */
+    fk_vector removed[FK_TIERS]; /* keys of published blocks that a tier lost, by an eviction or because they left the tree */
 } fk_tree;
 
 typedef struct {

@@ -237,9 +237,9 @@ class BothIndexes(RuleBasedStateMachine):
         for tier in range(3):
             drained = [sorted(np.frombuffer(i.drain(tier), np.int32).tolist()) for i in (twin, native)]
             assert drained[0] == drained[1]
-        removed = [i.drain_removed() for i in (twin, native)]
-        parts = [sorted(raw[i : i + KEY_BYTES] for i in range(0, len(raw), KEY_BYTES)) for raw in removed]
-        assert parts[0] == parts[1]
+            removed = [i.drain_removed(tier) for i in (twin, native)]
+            parts = [sorted(raw[i : i + KEY_BYTES] for i in range(0, len(raw), KEY_BYTES)) for raw in removed]
+            assert parts[0] == parts[1]
 
 
 @native_only

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from flexkv_core.cache import ROOT, GlobalCacheEngine, WritePlan
+from flexkv_core.cache import ROOT, EventKind, GlobalCacheEngine, WritePlan
 from flexkv_core.cache.radix_tree import PyRunIndex, RunIndex
 from flexkv_core.types import KEY_BYTES, Slots, Tier
 
@@ -262,3 +262,37 @@ def test_slots_with_other_bytes_leave_the_tree_without_a_read(make: Engine) -> N
     engine.check_integrity()
     assert engine.pools[Tier.SSD].quarantined_count == 5
     assert engine.drop_slots(Tier.SSD, slots) == 3 + len(branch) // KEY_BYTES
+
+
+@pytest.mark.parametrize("index", list({PyRunIndex, RunIndex}))
+def test_a_warm_start_is_told_in_pieces_and_parents_first(index: type[PyRunIndex]) -> None:
+    capacities = {Tier.HOST: 8, Tier.SSD: 200}
+    engine = GlobalCacheEngine(capacities, index_factory=index, track_events=True)
+    stem = keys_of(4)
+    chains = [stem + keys_of(12) for _ in range(10)]
+    rows: dict[bytes, bytes] = {}
+    for chain in chains:
+        above = ROOT
+        for at in range(0, len(chain), KEY_BYTES):
+            rows[chain[at : at + KEY_BYTES]] = above
+            above = chain[at : at + KEY_BYTES]
+    order = np.random.default_rng(1).permutation(len(rows))
+    keys, parents = (np.frombuffer(b"".join(raw), "V16")[order].tobytes() for raw in (rows, rows.values()))
+    assert not len(engine.load(np.arange(len(rows), dtype=np.int32), keys, parents))
+    engine.evict(5, Tier.SSD)  # comes after all that it takes back
+    known, pieces = {ROOT}, 0
+    told = set()
+    while events := engine.take_events(16):
+        pieces += 1
+        for event in events:
+            names = [event.keys[i : i + KEY_BYTES] for i in range(0, len(event.keys), KEY_BYTES)]
+            assert event.tier is Tier.SSD
+            if event.kind is EventKind.REMOVED:
+                told -= set(names)
+                continue
+            assert event.parent in known
+            assert [rows[name] for name in names] == [event.parent, *names[:-1]]
+            known |= set(names)
+            told |= set(names)
+    assert pieces > 4
+    assert len(told) == len(rows) - 5

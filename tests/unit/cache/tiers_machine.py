@@ -17,7 +17,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from flexkv_core.cache import ROOT, GetPlan, GlobalCacheEngine, PutPlan, WritePlan
+from flexkv_core.cache import ROOT, EventKind, GetPlan, GlobalCacheEngine, PutPlan, WritePlan
 from flexkv_core.cache.radix_tree import PyRunIndex
 from flexkv_core.types import KEY_BYTES, Tier
 from tests.unit.cache.engine_machine import TOKENS, Tokens, key_list
@@ -67,11 +67,12 @@ class TiersMachine(RuleBasedStateMachine):
             int, tuple[bytes, bytes]
         ] = {}  # what the store would load: SSD slot -> key, parent
         self.counter = 0
+        self.parents: dict[bytes, bytes] = {}  # as the events say; a key names all before it, so that stays
         self.start()
 
     def start(self) -> None:
         self.engine = self.engine_class(
-            CAPACITIES, index_factory=type(self).index_factory, track_removed=True
+            CAPACITIES, index_factory=type(self).index_factory, track_events=True
         )
         self.tree: dict[bytes, Block] = {}
         self.host_bytes: dict[int, bytes] = {}
@@ -80,6 +81,7 @@ class TiersMachine(RuleBasedStateMachine):
         self.must_wait: set[bytes] = set()  # published blocks that no write plan may forget
         self.owed: set[bytes] = set()  # those that must wait again after queue_owed_writes()
         self.steps = 0
+        self.told: dict[Tier, set[bytes]] = {tier: set() for tier in TIERS}  # what the events say
 
     # ---- the model -----------------------------------------------------------------------------------------------------------
 
@@ -146,9 +148,6 @@ class TiersMachine(RuleBasedStateMachine):
         return found
 
     def leave(self, keys: set[bytes]) -> None:
-        removed = split_keys(self.engine.take_removed())
-        assert len(set(removed)) == len(removed), "a key was reported twice"
-        assert set(removed) == {key for key in keys if self.tree[key].putting is None}
         for key in keys:
             del self.tree[key]
         self.must_wait -= keys
@@ -380,7 +379,8 @@ class TiersMachine(RuleBasedStateMachine):
         return multiple() if live is None else live
 
     def begin_write(self, limit: int) -> Live | None:
-        free, held = CAPACITIES[Tier.SSD] - self.engine.used(Tier.SSD), self.held(Tier.SSD)
+        held = self.held(Tier.SSD)
+        free = CAPACITIES[Tier.SSD] - self.engine.used(Tier.SSD) - len(self.quarantined)  # or more
         plan = self.engine.plan_write(limit)
         keys = [] if plan is None else split_keys(plan.keys)
         self.evicted(Tier.SSD, max(0, limit - free), self.above(keys), exactly=False)
@@ -498,6 +498,8 @@ class TiersMachine(RuleBasedStateMachine):
     @rule()
     def reset(self) -> None:
         self.engine.reset()
+        assert not self.engine.take_events()
+        self.told = {tier: set() for tier in TIERS}
         self.tree.clear()
         self.records.clear()
         self.must_wait.clear()
@@ -532,9 +534,26 @@ class TiersMachine(RuleBasedStateMachine):
 
     # ---- always --------------------------------------------------------------------------------------------------------------
 
+    def follow_events(self) -> None:
+        for event in self.engine.take_events():
+            told, keys = self.told[event.tier], split_keys(event.keys)
+            assert len(set(keys)) == len(keys) > 0
+            if event.kind is EventKind.REMOVED:
+                assert told >= set(keys), "what was removed had not been there"
+                told -= set(keys)
+                continue
+            assert not told & set(keys), "what was stored was there already"
+            told |= set(keys)
+            for key, parent in zip(keys, [event.parent, *keys], strict=False):
+                assert self.parents.setdefault(key, parent) == parent
+        for tier in TIERS:
+            there = {k for k, block in self.tree.items() if tier in block.slots and block.putting is None}
+            assert self.told[tier] == there, tier
+
     @invariant()
     def equal(self) -> None:
         self.steps += 1
+        self.follow_events()
         self.engine.check_integrity()
         expected = {key: (block.slots, block.putting is not None) for key, block in self.tree.items()}
         assert self.actual() == expected
