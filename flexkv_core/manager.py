@@ -101,9 +101,7 @@ class KVManager:
         capacities = {Tier.HOST: self._slot_count}
         if self._ssd_spec is not None:
             capacities[Tier.SSD] = ssd_slot_count(self._ssd_spec)
-        self._cache = GlobalCacheEngine(
-            capacities, eviction=cache_config.eviction, track_events=track_events
-        )
+        self._cache = GlobalCacheEngine(capacities, eviction=cache_config.eviction, track_events=track_events)
         self._ssd: SsdLink | None = None
 
     # Life

@@ -117,7 +117,9 @@ class SsdLink:
         with self._lock:
             orphans = self._cache.load(records.slots, records.keys, records.parents, ages)
             if len(orphans) and not self._process.forget(orphans, FORGET_TIMEOUT_S):
-                logger.warning("SSD tier: not all of %d blocks without a beginning were forgotten", len(orphans))
+                logger.warning(
+                    "SSD tier: not all of %d blocks without a beginning were forgotten", len(orphans)
+                )
         loaded = len(records) - len(orphans)
         logger.info("SSD tier: %d blocks are warm after %.2f s", loaded, time.monotonic() - started)
         return loaded

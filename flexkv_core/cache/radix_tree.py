@@ -506,7 +506,9 @@ class PyRunIndex:
         """A tier is about to lose what it has of a run from block ``begin`` on."""
         if self._track_removed and not run.writing and run.slots[tier] is not None:
             places = begin + np.flatnonzero(run.tier_slots(tier)[begin:] >= 0)
-            self._removed[tier].append(b"".join(run.keys[KEY_BYTES * i : KEY_BYTES * (i + 1)] for i in places.tolist()))
+            self._removed[tier].append(
+                b"".join(run.keys[KEY_BYTES * i : KEY_BYTES * (i + 1)] for i in places.tolist())
+            )
 
     def _let_go(self, run: Run) -> Run | None:
         """Free detached runs that nothing keeps, upwards; returns the first that stays."""

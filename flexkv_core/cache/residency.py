@@ -180,7 +180,9 @@ class Residency:
         self.owed.clear()
         self.collect()
 
-    def load(self, tier: Tier, slots: Slots, keys: bytes, parents: bytes, ages: np.ndarray) -> tuple[Slots, Slots]:
+    def load(
+        self, tier: Tier, slots: Slots, keys: bytes, parents: bytes, ages: np.ndarray
+    ) -> tuple[Slots, Slots]:
         """:meth:`PyRunIndex.load` into fresh slots; the order of eviction follows the ages. Returns the positions that were dropped, and
         the runs, parents before children."""
         dropped_raw, runs_raw, ages_raw = self.index.load(tier, slots, keys, parents, ages)

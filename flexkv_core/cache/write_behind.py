@@ -19,9 +19,7 @@ _Piece = tuple[int, int, int]
 class WriteBehind:
     """Part of :class:`~flexkv_core.cache.engine.GlobalCacheEngine`, which documents what its methods promise."""
 
-    def __init__(
-        self, residency: Residency, leases: Leases, stats: CacheStats, events: TierEvents
-    ) -> None:
+    def __init__(self, residency: Residency, leases: Leases, stats: CacheStats, events: TierEvents) -> None:
         self._residency = residency
         self._index = residency.index
         self._leases = leases
@@ -71,7 +69,8 @@ class WriteBehind:
             if run is None:
                 break
             waiting = queue.discard(run)
-            self._residency.owed.add(run, max(1, waiting))  # how many is an estimate, that some are missing is not
+            # How many is an estimate; that some are missing is not.
+            self._residency.owed.add(run, max(1, waiting))
             dropped += waiting
         self._stats.writes_dropped += dropped
         return dropped

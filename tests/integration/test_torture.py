@@ -43,7 +43,15 @@ def test_damage_on_the_media(tmp_path: Path) -> None:
 
 
 def test_a_crash_test_that_is_killed_leaves_nobody_behind(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "flexkv_core.cli.torture.crash", "--rounds", "999", "--directory", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "flexkv_core.cli.torture.crash",
+        "--rounds",
+        "999",
+        "--directory",
+        str(tmp_path),
+    ]
     test = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 60
@@ -62,7 +70,11 @@ def test_a_crash_test_that_is_killed_leaves_nobody_behind(tmp_path: Path) -> Non
 def family_of(pid: int) -> list[int]:
     """Its children."""
     try:
-        return [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+        return [
+            int(child)
+            for task in Path(f"/proc/{pid}/task").iterdir()
+            for child in (task / "children").read_text().split()
+        ]
     except OSError:
         return []
 

@@ -53,9 +53,7 @@ class EventLog:
         self._described[names[start]] = BlockStored(
             block_hashes=list(names[start:]),
             parent_block_hash=names[start - 1] if start else None,
-            token_ids=list(
-                token_list(request)[start * self._block_tokens : len(names) * self._block_tokens]
-            ),
+            token_ids=list(token_list(request)[start * self._block_tokens : len(names) * self._block_tokens]),
             block_size=self._block_tokens,
             lora_id=lora.lora_int_id if lora else None,
             medium=MEDIUM_CPU,

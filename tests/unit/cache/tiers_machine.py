@@ -71,9 +71,7 @@ class TiersMachine(RuleBasedStateMachine):
         self.start()
 
     def start(self) -> None:
-        self.engine = self.engine_class(
-            CAPACITIES, index_factory=type(self).index_factory, track_events=True
-        )
+        self.engine = self.engine_class(CAPACITIES, index_factory=type(self).index_factory, track_events=True)
         self.tree: dict[bytes, Block] = {}
         self.host_bytes: dict[int, bytes] = {}
         self.live: dict[int, Live] = {}
@@ -356,7 +354,9 @@ class TiersMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def drop_slots(self, data: st.DataObject) -> None:
         held = {block.slots[Tier.SSD]: key for key, block in self.tree.items() if Tier.SSD in block.slots}
-        bad = data.draw(st.sets(st.integers(0, CAPACITIES[Tier.SSD] - 1), min_size=1, max_size=3), label="bad")
+        bad = data.draw(
+            st.sets(st.integers(0, CAPACITIES[Tier.SSD] - 1), min_size=1, max_size=3), label="bad"
+        )
         gone = set()
         for slot in bad & held.keys():
             block = self.tree[held[slot]]
