@@ -105,7 +105,8 @@ class Catalog:
         read_only: change nothing on disk; for looking at the catalogue of a living process.
 
     Raises:
-        StorageError: it can be neither read nor made; with ``read_only``, it cannot be read.
+        StorageError: it can be neither read nor made; with ``read_only``, it cannot be read. Or the disk has no room for what SQLite needs to
+            open it: it is left as it is.
     """
 
     def __init__(
@@ -234,6 +235,8 @@ class Catalog:
                 database.close()
                 logger.info("catalogue %s: made anew for %d slots", self.path, len(self.table))
         except (sqlite3.Error, StorageError, struct.error, ValueError, TypeError) as error:
+            if isinstance(error, sqlite3.OperationalError) and _is_full(self.path.parent):
+                raise StorageError(f"catalogue {self.path}: {error}: the disk is full") from error
             logger.warning(
                 "catalogue %s cannot be used (%s): its blocks that could be read are kept", self.path, error
             )
@@ -378,6 +381,11 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
         database.execute(f"PRAGMA wal_autocheckpoint = {LOG_PAGES}")
         database.execute("SELECT count(*) FROM meta").fetchone()  # makes the log and its index
     return database
+
+
+def _is_full(folder: Path) -> bool:
+    system = os.statvfs(folder)
+    return system.f_bavail * system.f_frsize < INDEX_BYTES
 
 
 def _sync(path: Path) -> None:

@@ -26,7 +26,7 @@ from flexkv_core.cli.torture.load import (
     settings,
 )
 from flexkv_core.config import FlexKVConfig
-from flexkv_core.errors import CapacityError
+from flexkv_core.errors import CapacityError, StorageError
 from flexkv_core.manager import KVManager
 from flexkv_core.ssd_link import PAUSE_MAX_S
 from flexkv_core.types import Tier
@@ -147,6 +147,21 @@ def test_a_tier_that_was_there_starts_on_a_full_disk(disk: Path, is_killed: bool
         assert leaked_slots(manager) == 0
         assert taken_bytes(disk / "flexkv") <= int(config.ssd_bytes)
         manager.shutdown()
+
+
+def test_a_start_that_finds_no_room_at_all_keeps_what_there_is(disk: Path) -> None:
+    config = settings([str(disk / "flexkv")], SSD_SLOTS, HOST_SLOTS, scrub_bytes_per_s=0)
+    manager, device = make_manager(config)
+    held = put_chains(manager, device)
+    manager.shutdown()
+    next((disk / "flexkv").rglob("*-spare")).unlink()  # as if others had been quicker than the start
+    fill(disk / "others")
+    with pytest.raises(StorageError, match="the disk is full"):
+        make_manager(config)
+    (disk / "others").unlink()
+    manager, _ = make_manager(config)
+    assert manager._cache.used(Tier.SSD) == held
+    manager.shutdown()
 
 
 def put_chains(manager: KVManager, device: NumpyDevice) -> int:
