@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from flexkv_core.cache.engine import GlobalCacheEngine
 from flexkv_core.cache.plans import GetPlan
+from flexkv_core.cache.tier_events import TierEvent
 from flexkv_core.config import FlexKVConfig
 from flexkv_core.errors import CapacityError, ClosedError
 from flexkv_core.keys import fingerprint, hash_tokens, namespace_root
@@ -77,7 +78,7 @@ class KVManager:
         model_config: what the bytes are.
         cache_config: the tiers and their limits.
         device: a copier of this process's device, or an executor that reaches other processes' devices.
-        track_removed: collect the keys of blocks that leave the cache, for :meth:`take_removed`.
+        track_events: collect what comes to each tier and leaves it, for :meth:`take_events`.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class KVManager:
         model_config: ModelConfig,
         cache_config: FlexKVConfig,
         device: DeviceCopier | Executor,
-        track_removed: bool = False,
+        track_events: bool = False,
     ) -> None:
         self.layout = model_config.layout
         self.config = cache_config
@@ -103,9 +104,7 @@ class KVManager:
         capacities = {Tier.HOST: self._slot_count}
         if self._ssd_spec is not None:
             capacities[Tier.SSD] = ssd_slot_count(self._ssd_spec)
-        self._cache = GlobalCacheEngine(
-            capacities, eviction=cache_config.eviction, track_removed=track_removed
-        )
+        self._cache = GlobalCacheEngine(capacities, eviction=cache_config.eviction, track_events=track_events)
         self._ssd: SsdLink | None = None
 
     # Life
@@ -192,10 +191,10 @@ class KVManager:
         with self._changed:
             return self._cache.used(Tier.HOST), self._slot_count
 
-    def take_removed(self) -> bytes:
-        """Keys of the blocks that left the cache since the last call, other than by :meth:`reset`; empty unless tracked."""
+    def take_events(self, blocks_max: int = 16384) -> list[TierEvent]:
+        """What came to each tier and left it, :meth:`reset` aside, oldest first, about ``blocks_max`` blocks a call; empty unless tracked."""
         with self._changed:
-            return self._cache.take_removed()
+            return self._cache.take_events(blocks_max)
 
     def check_integrity(self) -> None:
         """Recount the index and the pools; AssertionError says what differs. For tests; takes time."""

@@ -1,8 +1,11 @@
 """SsdLink: keeps the index and the storage process in step. What a KVManager does for its SSD tier, apart from the manager's tasks.
 
 Write-behind: blocks that are committed in host memory are written in the order in which they came, a bounded number at a time; a put never
-waits for it. When more wait than ``write_queue_bytes``, the oldest are dropped from the queue: they stay in host memory, and a restart
-does not find them.
+waits for it. When more wait than ``write_queue_bytes``, the oldest are dropped from the queue: they stay in host memory.
+
+Back-fill: what was dropped from the queue, what the disk refused and what a storage process left undone when it died is owed. It is written
+when nothing else waits, if host memory still has it. A disk that refuses is asked again after a pause that doubles up to
+PAUSE_MAX_S; meanwhile nothing is written to it.
 
 The manager's lock guards every call; the storage process reports on a thread of its own, which takes that lock.
 """
@@ -22,6 +25,7 @@ from flexkv_core.cache.engine import GlobalCacheEngine
 from flexkv_core.cache.plans import GetPlan, WritePlan
 from flexkv_core.storage.base import BlockStatus, SsdSpec, Statuses
 from flexkv_core.storage.memory import HostSegment, arrival_mark
+from flexkv_core.transfer.backoff import Backoff
 from flexkv_core.transfer.ring import CommandKind
 from flexkv_core.transfer.supervisor import Progress, StorageProcess
 from flexkv_core.types import Slots, Tier
@@ -32,6 +36,11 @@ WRITE_BYTES = 16 << 20
 """One write: large enough that its two catalogue commits are a few per cent of its time, small enough to pin little host memory."""
 WRITES_MAX = 2
 """Writes under way: one on the disk, one waiting."""
+PAUSE_FIRST_S = 0.5
+PAUSE_MAX_S = 30.0
+"""After a write of which nothing could be done. A dead disk so costs one attempt in 30 s."""
+FORGET_TIMEOUT_S = 10.0
+"""For what a start finds that no chain connects; it may be all that there was. What is left then is found again next time."""
 _CLOSE_POLL_S = 0.01
 
 
@@ -45,7 +54,8 @@ class _Read:
 class _Write:
     plan: WritePlan
     ok: npt.NDArray[np.bool_]
-    is_dropped: bool = False
+    is_dropped: bool = False  # some of it
+    is_refused: bool = False
 
 
 class SsdLink:
@@ -77,7 +87,10 @@ class SsdLink:
         self._queue_blocks_max = max(self._write_blocks, write_queue_bytes // host.layout.slot_bytes)
         self._reads: dict[int, _Read] = {}
         self._writes: dict[int, _Write] = {}
-        self._process = StorageProcess(spec, host, self._on_progress, self._on_corrupt)
+        self._writing = Backoff(PAUSE_FIRST_S, PAUSE_MAX_S)
+        self._filling = Backoff(PAUSE_FIRST_S, PAUSE_MAX_S)
+        self._process = StorageProcess(spec, host, self._on_progress, self._on_corrupt, self._on_tick)
+        self._found_bad: list[Slots] = []
         self.written_blocks = 0
         self.read_blocks = 0
         self.corrupt_blocks = 0
@@ -103,8 +116,10 @@ class SsdLink:
         ages = records.generations.astype(np.int64)
         with self._lock:
             orphans = self._cache.load(records.slots, records.keys, records.parents, ages)
-            if len(orphans):
-                self._process.forget(orphans)
+            if len(orphans) and not self._process.forget(orphans, FORGET_TIMEOUT_S):
+                logger.warning(
+                    "SSD tier: not all of %d blocks without a beginning were forgotten", len(orphans)
+                )
         loaded = len(records) - len(orphans)
         logger.info("SSD tier: %d blocks are warm after %.2f s", loaded, time.monotonic() - started)
         return loaded
@@ -124,9 +139,11 @@ class SsdLink:
         over = self._cache.waiting_writes - self._queue_blocks_max
         if over > 0:
             self._cache.drop_oldest_writes(over)
-        while self._process.is_up and len(self._writes) < WRITES_MAX:
+        while self._process.is_up and self._writing.is_over and len(self._writes) < WRITES_MAX:
             plan = self._cache.plan_write(self._write_blocks)
             if plan is None:
+                if self._may_fill() and self._cache.queue_owed_writes(self._write_blocks):
+                    continue
                 return
             op = self._new_id()
             self._writes[op] = _Write(plan, np.zeros(plan.count, np.bool_))
@@ -138,6 +155,10 @@ class SsdLink:
         """Remove the records of ``slots``, so that no restart finds them."""
         if len(slots):
             self._process.forget(slots)
+
+    def _may_fill(self) -> bool:
+        """What is owed comes when nothing waits. While something does and there is no room for it, there is none for more."""
+        return self._filling.is_over and not self._cache.waiting_writes
 
     def clear(self) -> None:
         """Forget what is on the SSD."""
@@ -154,6 +175,14 @@ class SsdLink:
 
     # On the supervisor's thread
 
+    def _on_tick(self) -> None:
+        """A process has come up, or a pause may be over."""
+        with self._lock:
+            if self._found_bad:
+                bad, self._found_bad = np.concatenate(self._found_bad), []
+                self._cache.drop_slots(Tier.SSD, bad)
+            self.write_behind()
+
     def _on_progress(self, progress: Progress) -> None:
         with self._lock:
             if progress.kind is CommandKind.READ:
@@ -164,7 +193,11 @@ class SsdLink:
 
     def _take_reads(self, progress: Progress) -> None:
         read = self._reads[progress.op]
-        read.statuses[progress.indexes] = progress.statuses
+        statuses = progress.statuses
+        if not progress.is_lost:
+            # Dropped by a living process: its catalogue has no such block. The index must not offer it again.
+            statuses = np.where(statuses == BlockStatus.DROPPED, np.uint32(BlockStatus.IO_ERROR), statuses)
+        read.statuses[progress.indexes] = statuses
         if not progress.finished:
             return
         del self._reads[progress.op]
@@ -182,6 +215,7 @@ class SsdLink:
         write = self._writes[progress.op]
         write.ok[progress.indexes] = progress.statuses == BlockStatus.OK
         write.is_dropped |= bool((progress.statuses == BlockStatus.DROPPED).any())
+        write.is_refused |= bool((progress.statuses == BlockStatus.IO_ERROR).any())
         for slot in write.plan.ssd_slots[progress.indexes[progress.statuses == BlockStatus.CORRUPT]].tolist():
             self._cache.pools[Tier.SSD].quarantine(
                 slot
@@ -190,11 +224,25 @@ class SsdLink:
             return
         del self._writes[progress.op]
         self.written_blocks += int(write.ok.sum())
-        # Dropped: the process died, and the next one shall have them. What the disk refused is not asked of it again.
+        self._judge_disk(write)
+        # Dropped: the process died, and the next one shall have them. What the disk refused is owed.
         self.forget(self._cache.finish_write(write.plan, write.ok, retry=write.is_dropped))
         self.write_behind()
 
+    def _judge_disk(self, write: _Write) -> None:
+        if not write.is_refused:
+            if write.ok.all():
+                self._filling.succeeded()
+                self._writing.succeeded()
+            return
+        self._filling.failed()
+        if write.ok.any():
+            self._writing.succeeded()
+        else:
+            self._writing.failed()
+
     def _on_corrupt(self, slots: Slots) -> None:
-        """The scrubber found these: the storage process refuses them from now on, and the next get drops them."""
+        """The scrubber found these: the storage process refuses them from now on, and the next tick drops them, all in one go."""
         with self._lock:
             self.corrupt_blocks += len(slots)
+            self._found_bad.append(slots)

@@ -8,10 +8,12 @@ import numpy as np
 import numpy.typing as npt
 
 from flexkv_core.cache import integrity
+from flexkv_core.cache.chains import ROOT
 from flexkv_core.cache.leases import Leases, Putting, Reading
 from flexkv_core.cache.plans import NO_READS, NO_SLOTS, CacheStats, GetPlan, PutPlan, Reads, WritePlan
 from flexkv_core.cache.radix_tree import PyRunIndex
 from flexkv_core.cache.residency import Residency
+from flexkv_core.cache.tier_events import TierEvent, TierEvents
 from flexkv_core.cache.write_behind import WriteBehind
 from flexkv_core.types import KEY_BYTES, Slots, Tier
 
@@ -29,21 +31,22 @@ class GlobalCacheEngine:
         capacities: Mapping[Tier, int],
         eviction: str = "lru",
         index_factory: Callable[[bool], PyRunIndex] | None = None,
-        track_removed: bool = False,
+        track_events: bool = False,
     ) -> None:
         """``capacities``: slots of each tier that exists; the host tier must be among them.
 
         ``eviction``: a name of ``flexkv_core.cache.eviction.POLICIES`` (ConfigError otherwise); each tier has an order of its own.
-        ``index_factory`` makes the index (argument: whether removed keys are tracked); the native one by default. ``track_removed``:
-        collect keys for :meth:`take_removed`.
+        ``index_factory`` makes the index (argument: whether removed keys are tracked); the native one by default. ``track_events``:
+        collect what :meth:`take_events` gives.
         """
         assert Tier.HOST in capacities, "the host tier is not optional"
         self.stats = CacheStats()
-        self.residency = Residency(capacities, eviction, index_factory, track_removed)
+        self.residency = Residency(capacities, eviction, index_factory, track_events)
         self.pools = self.residency.pools
         self.index = self.residency.index
+        self._events = TierEvents(self.index, self.pools, track_events)
         self._leases = Leases()
-        self._write_behind = WriteBehind(self.residency, self._leases, self.stats)
+        self._write_behind = WriteBehind(self.residency, self._leases, self.stats, self._events)
 
     # ---- looking -------------------------------------------------------------------------------------------------------------
 
@@ -166,6 +169,26 @@ class GlobalCacheEngine:
         on_ssd = slots.get(Tier.SSD, -1)
         return NO_SLOTS if on_ssd < 0 else np.array([on_ssd], dtype=np.int32)
 
+    def drop_slots(self, tier: Tier, slots: Slots) -> int:
+        """The bytes in ``slots`` (int32) of a tier are not what was written there: no block is found there any more, and what holds a
+        block now is never used again.
+
+        Blocks that another tier has stay, and wait to be written anew; the others leave the tree with everything below them. Returns how
+        many left. Costs a look at all slots of the tier, about 1 ms a million.
+        """
+        places = np.frombuffer(self.index.locate(tier, slots), np.int32).reshape(-1, 3)
+        for slot in places[:, 2].tolist():
+            self.pools[tier].quarantine(slot)
+        before = self.index.blocks
+        last = rest = -1
+        for run, at, slot in places[::-1].tolist():  # from a run's end: a cut moves nothing that comes later
+            rest = self._drop_block(rest if run == last else run, at, tier, slot)
+            last = run
+        self._free_unused()
+        removed = before - self.index.blocks
+        self.stats.blocks_invalidated += removed
+        return removed
+
     # ---- put -----------------------------------------------------------------------------------------------------------------
 
     def plan_put(self, keys: bytes) -> PutPlan:
@@ -256,17 +279,23 @@ class GlobalCacheEngine:
     def finish_write(self, plan: WritePlan, ok: npt.NDArray[np.bool_], retry: bool = False) -> Slots:
         """The writes have ended. ``ok``: bool, one a block: the block is durable in its slot.
 
-        Those are on the SSD from now on; the slots of the others return, and with ``retry`` they wait anew. Returns the slots (int32) that were written for
-        blocks that have left the tree meanwhile: the store should forget them before it is given anything else to write.
+        Those are on the SSD from now on; the slots of the others return, and they wait anew with ``retry``, or are owed (see
+        :meth:`queue_owed_writes`). Returns the slots (int32) that were written for blocks that have left the tree meanwhile: the store should
+        forget them before it is given anything else to write.
         """
         forget = self._write_behind.finish(plan, ok, retry)
         self._free_unused()
         return forget
 
     def drop_oldest_writes(self, blocks: int) -> int:
-        """Give up at least ``blocks`` blocks that wait to be written, if there are so many; returns how many. They are written with
-        what follows them, if that is."""
+        """Give up at least ``blocks`` blocks that wait to be written, if there are so many; returns how many. They are owed from now on,
+        and are written earlier with what follows them, if that is."""
         return self._write_behind.drop_oldest(blocks)
+
+    def queue_owed_writes(self, blocks: int) -> int:
+        """Back-fill: let at least ``blocks`` blocks that are owed to the SSD wait to be written again, if there are so many; returns how
+        many. Owed is what failed or was given up, and is still in host memory only."""
+        return self._write_behind.queue_owed(blocks)
 
     @property
     def waiting_writes(self) -> int:
@@ -295,9 +324,10 @@ class GlobalCacheEngine:
             words = fits.nonzero()[0]
             keys, parents = (np.frombuffer(raw, "V16")[words].tobytes() for raw in (keys, parents))
         taken = slots if fits.all() else slots[fits]
-        dropped = self.residency.load(
+        dropped, runs = self.residency.load(
             tier, taken, keys, parents, ages[fits] if len(taken) < len(slots) else ages
         )
+        self._events.loaded(tier, runs.tolist())
         self.stats.blocks_loaded += len(taken) - len(dropped)
         return np.concatenate([slots[~fits], taken[dropped]])
 
@@ -306,12 +336,13 @@ class GlobalCacheEngine:
     def reset(self) -> None:
         """Forget everything. Slots of plans that have not ended return when these end."""
         self.residency.detach_all()
-        self.index.drain_removed()  # the caller knows that all are gone
+        self._events.clear()  # the caller knows that all are gone
         self.stats.resets += 1
 
-    def take_removed(self) -> bytes:
-        """Keys of published blocks that left the tree since the last call (not by a reset); empty unless tracked."""
-        return self.index.drain_removed()
+    def take_events(self, blocks_max: int = 1 << 30) -> list[TierEvent]:
+        """What came to each tier and left it since the last call (a reset is none), oldest first, at most about ``blocks_max`` blocks; nothing
+        unless tracked."""
+        return self._events.take(blocks_max)
 
     def check_integrity(self) -> None:
         """Recount everything; AssertionError says what differs. Costs time in proportion to what is cached: for tests."""
@@ -350,11 +381,19 @@ class GlobalCacheEngine:
             own[bad] = -1
         if len(own):
             self.stats.blocks_read += int((own >= 0).sum())
+            before = own.copy()
             self.residency.fill(reading.run, reading.skip, Tier.HOST, own)
+            self._note_read(plan, (before >= 0) & (own < 0))
         # What the tree did not take: another plan was first, or the block has left.
         back = np.concatenate([failed, own[own >= 0]])
         if len(back):
             self.pools[Tier.HOST].free(back)
+
+    def _note_read(self, plan: GetPlan, taken: npt.NDArray[np.bool_]) -> None:
+        if self._events.enabled:
+            start = KEY_BYTES * plan.start_block
+            before = plan.sequence_keys[start - KEY_BYTES : start] if start else ROOT
+            self._events.stored(Tier.HOST, plan.keys, before + plan.keys[:-KEY_BYTES], taken)
 
     def _slots_of_last(self, keys: bytes) -> tuple[dict[Tier, int], int, int]:
         """The slots of the last of ``keys`` in each tier (none if it is not found), its run, and its place there + 1."""
@@ -371,9 +410,33 @@ class GlobalCacheEngine:
         gone = np.array([slot], dtype=np.int32)
         self.index.set_slots(run, tier, at, np.array([-1], dtype=np.int32))
         self._leases.park(tier, gone)
+        self._events.removed(tier, self.index.segment(run, tier, at, 1)[1])
         if tier is Tier.SSD:
             self.residency.queue.add(run, 1)
         self.stats.copies_invalidated += 1
+
+    def _drop_block(self, run: int, at: int, tier: Tier, slot: int) -> int:
+        """As :meth:`drop_slots`, one block; the run that has what lies before it."""
+        held = self._slots_at(run, at)
+        if held.get(tier) != slot:
+            return run  # it left with one above it, and the id may be another's now
+        if any(other >= 0 for place, other in held.items() if place != tier):
+            self._drop_copy(run, at, tier, slot)
+            return run
+        head = self.residency.split(run, at) if at else -1
+        self.residency.detach(run)
+        return head
+
+    def _slots_at(self, run: int, at: int) -> dict[Tier, int]:
+        """A block's slots by tier; nothing if there is no such block in the tree."""
+        try:
+            _, length, _, detached, *_ = self.index.info(run)
+        except KeyError:
+            return {}
+        if detached or at >= length:
+            return {}
+        raw = {tier: self.index.slots(run, tier) for tier in self.pools}
+        return {tier: int(np.frombuffer(held, np.int32)[at]) for tier, held in raw.items() if held}
 
     # ---- helpers: put --------------------------------------------------------------------------------------------------------
 
@@ -408,6 +471,7 @@ class GlobalCacheEngine:
     def _publish(self, pieces: list[int]) -> None:
         for run in reversed(pieces):
             self.residency.publish(run)
+        self._events.stored_runs(Tier.HOST, reversed(pieces))
         if pieces:
             self.residency.touch(pieces[0])
 

@@ -125,7 +125,7 @@ class CacheStats:
     blocks_read: int = 0  # from the SSD, published in the host tier or a duplicate of one that was
     blocks_written: int = 0  # to the SSD, and found there since
     blocks_write_failed: int = 0
-    writes_dropped: int = 0  # blocks that left the queue of writes unwritten, by drop_oldest_writes
+    writes_dropped: int = 0  # blocks that drop_oldest_writes took out of the queue; they are owed since
     blocks_loaded: int = 0  # by the warm start
     copies_invalidated: int = 0  # a tier lost its copy, another still has one
     blocks_invalidated: int = 0  # left the tree because a block at or above them failed its checksum

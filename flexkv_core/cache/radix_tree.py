@@ -44,12 +44,13 @@ class PyRunIndex:
     """
 
     def __init__(self, track_removed: bool = False) -> None:
-        """``track_removed``: collect the keys of published blocks that leave the tree, for :meth:`drain_removed`."""
+        """``track_removed``: collect the keys of published blocks that a tier loses, for :meth:`drain_removed`."""
         self._runs: dict[int, Run] = {}
         self._unused: list[int] = []
         self._heads: dict[bytes, Run] = {}
         self._freed: list[list[Slots]] = [[] for _ in range(TIERS)]
-        self._removed: list[bytes] | None = [] if track_removed else None
+        self._track_removed = track_removed
+        self._removed: list[list[bytes]] = [[] for _ in range(TIERS)]
         self.blocks = 0
         """Blocks attached to the tree, being written or ready."""
 
@@ -176,6 +177,18 @@ class PyRunIndex:
         first = at + int(places[0])
         gaps = np.flatnonzero(~wanted[first : first + limit])
         return first, int(gaps[0]) if len(gaps) else min(limit, r.length - first)
+
+    def locate(self, tier: int, slots: Slots) -> bytes:
+        """Which blocks lie in ``slots`` (int32) of a tier: (run, place in it, slot) as int32, by run, then by place. Detached runs do not
+        count. Costs a look at all slots."""
+        wanted = set(slots.tolist())
+        found = []
+        for number in self.runs():
+            r = self._runs[number]
+            if not r.detached and r.slots[tier] is not None:
+                held = r.tier_slots(tier).tolist()
+                found += [(number, at, slot) for at, slot in enumerate(held) if slot >= 0 and slot in wanted]
+        return np.array(found, np.int32).tobytes()
 
     # ---- growing and shaping -------------------------------------------------------------------------------------------------
 
@@ -352,6 +365,7 @@ class PyRunIndex:
         left = int(places[-want - 1]) + 1 if len(places) > want else 0
         if len(held):
             self._freed[tier].append(slots[held])
+        self._note_removed(r, tier, left)
         slots[left:] = NOT_THERE
         r.set_tier(tier, slots.tobytes() if left else None)
         gone, above = self._cut_holes(r, left)
@@ -388,11 +402,10 @@ class PyRunIndex:
         self._freed[tier] = []
         return freed[0].tobytes() if len(freed) == 1 else np.concatenate(freed).tobytes()
 
-    def drain_removed(self) -> bytes:
-        """The keys of published blocks that left the tree since the last call; empty unless tracked."""
-        if not self._removed:
-            return b""
-        removed, self._removed = self._removed, []
+    def drain_removed(self, tier: int) -> bytes:
+        """The keys of published blocks that a tier lost since the last call, by an eviction or because they left the tree; not by
+        :meth:`set_slots`. Empty unless tracked."""
+        removed, self._removed[tier] = self._removed[tier], []
         return b"".join(removed)
 
     def memory_bytes(self) -> int:
@@ -469,10 +482,9 @@ class PyRunIndex:
             above = run.parent
             gone += self.detach(run.number)
             return gone, -1 if above is None else above.number
-        if self._removed is not None:
-            self._removed.append(run.keys[KEY_BYTES * keep :])
         self.blocks -= run.length - keep
         for tier in range(TIERS):
+            self._note_removed(run, tier, keep)
             self._free_slots(run.tier_slots(tier)[keep:], tier)
         run.keep(0, keep)
         return gone, run.number
@@ -487,8 +499,16 @@ class PyRunIndex:
         del self._heads[run.head]
         run.detached = True
         self.blocks -= run.length
-        if self._removed is not None and not run.writing:
-            self._removed.append(run.keys)
+        for tier in range(TIERS):
+            self._note_removed(run, tier, 0)
+
+    def _note_removed(self, run: Run, tier: int, begin: int) -> None:
+        """A tier is about to lose what it has of a run from block ``begin`` on."""
+        if self._track_removed and not run.writing and run.slots[tier] is not None:
+            places = begin + np.flatnonzero(run.tier_slots(tier)[begin:] >= 0)
+            self._removed[tier].append(
+                b"".join(run.keys[KEY_BYTES * i : KEY_BYTES * (i + 1)] for i in places.tolist())
+            )
 
     def _let_go(self, run: Run) -> Run | None:
         """Free detached runs that nothing keeps, upwards; returns the first that stays."""
@@ -521,7 +541,7 @@ def _pick() -> Any:
         from flexkv_core.native import _native
 
         native_index = getattr(_native, "RunIndex", None)
-        if hasattr(native_index, "load"):
+        if hasattr(native_index, "locate"):
             return native_index
     return PyRunIndex
 

@@ -36,6 +36,8 @@ class Residency:
         self.index = (index_factory or RunIndex)(track_removed)
         self.policies: dict[Tier, EvictionPolicy] = {}
         self.queue = WriteQueue()
+        self.owed = WriteQueue()
+        """What failed or was given up, and is to be written when nothing else waits."""
         self._eviction = eviction
         self._new_policies()
 
@@ -73,7 +75,8 @@ class Residency:
         head = self.index.split(run, at)
         if not self.index.info(head)[2]:
             self._add(head, self.index.holds(head))
-        self.queue.split(head, at, run)
+        for queue in (self.queue, self.owed):
+            queue.split(head, at, run)
         return head
 
     def merge(self, run: int) -> bool:
@@ -84,7 +87,8 @@ class Residency:
             return False
         for policy in self.policies.values():
             policy.remove(absorbed)
-        self.queue.merge(absorbed, run)
+        for queue in (self.queue, self.owed):
+            queue.merge(absorbed, run)
         gained = self.index.holds(run) & ~before
         if gained:
             self._add(run, gained)
@@ -157,8 +161,7 @@ class Residency:
         ):  # nothing below a victim is in its tier, so the other orders can wait until now
             self._forget(left_tree)
             if tier == Tier.HOST:
-                for run in left_tier:
-                    self.queue.discard(run)
+                self._discard_writes(left_tier)
         self.collect()
         return freed
 
@@ -174,10 +177,14 @@ class Residency:
         self.index.detach_all()
         self._new_policies()
         self.queue.clear()
+        self.owed.clear()
         self.collect()
 
-    def load(self, tier: Tier, slots: Slots, keys: bytes, parents: bytes, ages: np.ndarray) -> Slots:
-        """:meth:`PyRunIndex.load` into fresh slots; the order of eviction follows the ages. Returns the positions that were dropped."""
+    def load(
+        self, tier: Tier, slots: Slots, keys: bytes, parents: bytes, ages: np.ndarray
+    ) -> tuple[Slots, Slots]:
+        """:meth:`PyRunIndex.load` into fresh slots; the order of eviction follows the ages. Returns the positions that were dropped, and
+        the runs, parents before children."""
         dropped_raw, runs_raw, ages_raw = self.index.load(tier, slots, keys, parents, ages)
         runs, newest = np.frombuffer(runs_raw, np.int32), np.frombuffer(ages_raw, np.int64)
         add = self.policies[tier].add
@@ -186,7 +193,7 @@ class Residency:
             add(run)
         dropped = np.frombuffer(dropped_raw, np.int32)
         self.pools[tier].claim(np.delete(slots, dropped))
-        return dropped
+        return dropped, runs
 
     def collect(self) -> None:
         """Bring slots that the index let go back to their pools."""
@@ -207,8 +214,12 @@ class Residency:
             remove = policy.remove
             for run in runs:
                 remove(run)
+        self._discard_writes(runs)
+
+    def _discard_writes(self, runs: Iterable[int]) -> None:
         for run in runs:
             self.queue.discard(run)
+            self.owed.discard(run)
 
     def _unpark(self, run: int) -> None:
         if run < 0:

@@ -8,6 +8,8 @@ import numpy.typing as npt
 from flexkv_core.cache.leases import Leases, Stretch, Writing
 from flexkv_core.cache.plans import NO_SLOTS, CacheStats, WritePlan
 from flexkv_core.cache.residency import Residency
+from flexkv_core.cache.tier_events import TierEvents
+from flexkv_core.cache.write_queue import WriteQueue
 from flexkv_core.types import KEY_BYTES, Slots, Tier
 
 _Piece = tuple[int, int, int]
@@ -17,11 +19,12 @@ _Piece = tuple[int, int, int]
 class WriteBehind:
     """Part of :class:`~flexkv_core.cache.engine.GlobalCacheEngine`, which documents what its methods promise."""
 
-    def __init__(self, residency: Residency, leases: Leases, stats: CacheStats) -> None:
+    def __init__(self, residency: Residency, leases: Leases, stats: CacheStats, events: TierEvents) -> None:
         self._residency = residency
         self._index = residency.index
         self._leases = leases
         self._stats = stats
+        self._events = events
 
     def plan(self, limit_blocks: int) -> WritePlan | None:
         """Of :meth:`GlobalCacheEngine.plan_write`."""
@@ -47,12 +50,12 @@ class WriteBehind:
         assert len(ok) == plan.count, f"{len(ok)} results of {plan.count} writes"
         slots: Slots = np.where(ok, plan.ssd_slots, np.int32(-1))
         self._settle(writing, slots)
+        self._events.stored(Tier.SSD, plan.keys, plan.parents, ok & (slots < 0))
         forget = slots[slots >= 0]
         back = np.concatenate([plan.ssd_slots[~ok], forget])
         if len(back):
             self._residency.pools[Tier.SSD].free(back)
-        if retry:
-            self._retry(writing, ok)
+        self._wait_again(writing, ok, self._residency.queue if retry else self._residency.owed)
         self._release(writing)
         self._stats.blocks_written += int(ok.sum()) - len(forget)
         self._stats.blocks_write_failed += len(ok) - int(ok.sum())
@@ -65,9 +68,21 @@ class WriteBehind:
             run = queue.oldest()
             if run is None:
                 break
-            dropped += queue.discard(run)
+            waiting = queue.discard(run)
+            # How many is an estimate; that some are missing is not.
+            self._residency.owed.add(run, max(1, waiting))
+            dropped += waiting
         self._stats.writes_dropped += dropped
         return dropped
+
+    def queue_owed(self, blocks: int) -> int:
+        """Of :meth:`GlobalCacheEngine.queue_owed_writes`."""
+        owed, moved = self._residency.owed, 0
+        while moved < blocks and (run := owed.oldest()) is not None:
+            waiting = max(1, owed.discard(run))
+            self._residency.queue.add(run, waiting)
+            moved += waiting
+        return moved
 
     # ---- planning ------------------------------------------------------------------------------------------------------------
 
@@ -153,8 +168,10 @@ class WriteBehind:
             self._residency.fill(stretch.run, stretch.skip, Tier.SSD, slots[begin:end])
             begin = end
 
-    def _retry(self, writing: Writing, ok: npt.NDArray[np.bool_]) -> None:
+    def _wait_again(self, writing: Writing, ok: npt.NDArray[np.bool_], queue: WriteQueue) -> None:
         """Failed blocks wait anew, each under the run in which it lies now: that may have been split off meanwhile."""
+        if ok.all():
+            return
         begin = 0
         for stretch in writing.stretches:
             failed = ~ok[begin : begin + stretch.blocks]
@@ -167,7 +184,7 @@ class WriteBehind:
                     own, failed = failed[-end:], failed[:-end]
                     end = 0
                     if not detached:
-                        self._residency.queue.add(run, int(own.sum()))
+                        queue.add(run, int(own.sum()))
                 run = parent
 
     def _release(self, writing: Writing) -> None:

@@ -78,10 +78,19 @@ def fsck(
         bool, typer.Option("--repair", help="Remove what is wrong; the directory must not be in use.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a tier.")] = False,
+    remove_others: Annotated[
+        bool,
+        typer.Option(
+            "--remove-other-identities",
+            help="Instead of a check: delete the tiers that are not in use, but the one that was used last.",
+        ),
+    ] = False,
 ) -> None:
     """Check the SSD tier in DIRECTORY: every recorded block against its checksum. Changes nothing without --repair."""
-    from flexkv_core.cli.fsck import run_fsck
+    from flexkv_core.cli.fsck import run_fsck, run_remove_others
 
+    if remove_others:
+        raise typer.Exit(run_remove_others(directory, as_json))
     raise typer.Exit(run_fsck(directory, repair, as_json))
 
 

@@ -1,8 +1,9 @@
-"""``flexkv fsck``: says what an SSD tier's directory holds and whether it is whole."""
+"""``flexkv fsck``: says what an SSD tier's directory holds, whether it is whole, and what lies there that nobody uses."""
 
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from rich.console import Console
 
 from flexkv_core.errors import StorageError
 from flexkv_core.storage.fsck import FsckReport, check_directory
+from flexkv_core.storage.old_tiers import TierUse, others, remove, tiers_in
+
+_DAY_S = 86_400
 
 
 def run_fsck(directory: Path, repair: bool, as_json: bool) -> int:
@@ -23,10 +27,41 @@ def run_fsck(directory: Path, repair: bool, as_json: bool) -> int:
                 print(json.dumps({**asdict(report), "clean": report.is_clean}))
             else:
                 console.print(_as_text(report), markup=False, highlight=False)
+        if not as_json:
+            _list_others(console, directory)
     except StorageError as error:
         Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
     return 0 if clean else 1
+
+
+def run_remove_others(directory: Path, as_json: bool) -> int:
+    """Remove the tiers in a directory that are not in use, but for the one that was used last; the exit code: 0 done, 2 not all."""
+    try:
+        for tier in others(tiers_in(directory)):
+            remove(tier)
+            content = {"removed": [str(folder) for folder in tier.folders], "bytes": tier.bytes_on_disk}
+            text = f"removed {tier.folders[0]}: {_size_and_age(tier)}"
+            print(json.dumps(content) if as_json else text)
+    except StorageError as error:
+        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        return 2
+    return 0
+
+
+def _list_others(console: Console, directory: Path) -> None:
+    for tier in others(tiers_in(directory)):
+        console.print(
+            f"{tier.folders[0]}: another identity, {_size_and_age(tier)}; --remove-other-identities removes it",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _size_and_age(tier: TierUse) -> str:
+    age_days = max(0.0, time.time() - tier.last_used_unix_s) / _DAY_S
+    return f"{tier.bytes_on_disk / 2**30:.2f} GiB, last used {age_days:.1f} days ago"
 
 
 def _as_text(report: FsckReport) -> str:

@@ -296,9 +296,9 @@ static PyObject *index_drain(PyObject *self, PyObject *tier) {
     return as_tier(tier, &number) ? drain(&TREE(self)->freed[number]) : NULL;
 }
 
-static PyObject *index_drain_removed(PyObject *self, PyObject *unused) {
-    (void)unused;
-    return drain(&TREE(self)->removed);
+static PyObject *index_drain_removed(PyObject *self, PyObject *tier) {
+    int number;
+    return as_tier(tier, &number) ? drain(&TREE(self)->removed[number]) : NULL;
 }
 
 static PyObject *index_memory_bytes(PyObject *self, PyObject *unused) {
@@ -353,6 +353,7 @@ static PyMethodDef index_methods[] = {
     {"slots", FAST(index_slots)},
     {"segment", FAST(fk_index_segment)},
     {"missing", FAST(fk_index_missing)},
+    {"locate", FAST(fk_index_locate)},
     {"insert", FAST(index_insert)},
     {"split", FAST(index_split)},
     {"merge", FAST(index_merge)},
@@ -366,7 +367,7 @@ static PyMethodDef index_methods[] = {
     {"detach", index_detach, METH_O, NULL},
     {"detach_all", index_detach_all, METH_NOARGS, NULL},
     {"drain", index_drain, METH_O, NULL},
-    {"drain_removed", index_drain_removed, METH_NOARGS, NULL},
+    {"drain_removed", index_drain_removed, METH_O, NULL},
     {"memory_bytes", index_memory_bytes, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };

@@ -101,6 +101,7 @@ PyObject *fk_index_holds(PyObject *self, PyObject *run);
 PyObject *fk_index_child(PyObject *self, PyObject *run);
 PyObject *fk_index_segment(PyObject *self, PyObject *const *args, Py_ssize_t count);
 PyObject *fk_index_missing(PyObject *self, PyObject *const *args, Py_ssize_t count);
+PyObject *fk_index_locate(PyObject *self, PyObject *const *args, Py_ssize_t count);
 PyObject *fk_index_fill(PyObject *self, PyObject *const *args, Py_ssize_t count);
 PyObject *fk_index_load(PyObject *self, PyObject *const *args, Py_ssize_t count);
 

@@ -64,6 +64,19 @@ PyObject *fk_index_missing(PyObject *self, PyObject *const *args, Py_ssize_t giv
     return Py_BuildValue("(LL)", (long long)at, (long long)count);
 }
 
+PyObject *fk_index_locate(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    int tier;
+    Py_buffer slots;
+    if (!expect_arguments("locate", given, 2) || !as_tier(args[0], &tier) || !open_slots(&slots, args[1], 0))
+        return NULL;
+    fk_vector found = {0};
+    int status = fk_tree_locate(TREE(self), tier, slots.buf, slots.len / (int64_t)sizeof(int32_t), &found);
+    PyObject *places = status == FK_DONE ? as_bytes(found.used ? found.data : "", found.used) : PyErr_NoMemory();
+    free(found.data);
+    PyBuffer_Release(&slots);
+    return places;
+}
+
 PyObject *fk_index_fill(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     int32_t id;
     int tier;

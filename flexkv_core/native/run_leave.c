@@ -6,10 +6,23 @@
 
 /* Room in the vectors for all that this run can let go: whatever follows can't fail then. */
 static int reserve_for(fk_tree *tree, int64_t blocks) {
-    for (int tier = 0; tier < FK_TIERS; tier++)
+    for (int tier = 0; tier < FK_TIERS; tier++) {
         if (fk_vector_reserve(&tree->freed[tier], (size_t)blocks * sizeof(int32_t)) != FK_DONE)
             return FK_NO_MEMORY;
-    return tree->track_removed ? fk_vector_reserve(&tree->removed, (size_t)blocks * FK_KEY_BYTES) : FK_DONE;
+        if (tree->track_removed && tree->tiers >> tier & 1 &&
+            fk_vector_reserve(&tree->removed[tier], (size_t)blocks * FK_KEY_BYTES) != FK_DONE)
+            return FK_NO_MEMORY;
+    }
+    return FK_DONE;
+}
+
+/* Notes what a tier is about to lose of a published run, from block `from` on. Needs reserve_for. */
+static void note_removed(fk_tree *tree, const fk_run *run, int tier, int32_t from) {
+    if (!tree->track_removed || run->writing || !run->slots[tier])
+        return;
+    for (int32_t i = from; i < run->length; i++)
+        if (run->slots[tier][i] >= 0)
+            fk_vector_append(&tree->removed[tier], run->keys + (size_t)FK_KEY_BYTES * (size_t)i, FK_KEY_BYTES);
 }
 
 /* Moves what is not -1 to the vector and leaves -1. In order: slots that are neighbours stay neighbours in the pool. */
@@ -106,8 +119,8 @@ static void leave(fk_tree *tree, fk_run *run) {
     fk_table_remove(tree, run->head);
     run->detached = 1;
     tree->blocks -= run->length;
-    if (tree->track_removed && !run->writing)
-        fk_vector_append(&tree->removed, run->keys, (size_t)run->length * FK_KEY_BYTES);
+    for (int tier = 0; tier < FK_TIERS; tier++)
+        note_removed(tree, run, tier, 0);
 }
 
 /* Room for what the run, and all below it if they leave as well, can let go; whatever follows can't fail then. */
@@ -157,11 +170,11 @@ static int32_t first_hole(const fk_run *run, int without, int32_t begin) {
 static void trim(fk_tree *tree, int32_t id, int32_t keep) {
     fk_run *run = fk_tree_run(tree, id);
     int32_t cut = run->length - keep;
-    if (tree->track_removed)
-        fk_vector_append(&tree->removed, run->keys + (size_t)FK_KEY_BYTES * (size_t)keep, (size_t)cut * FK_KEY_BYTES);
-    for (int tier = 0; tier < FK_TIERS; tier++)
+    for (int tier = 0; tier < FK_TIERS; tier++) {
+        note_removed(tree, run, tier, keep);
         if (run->slots[tier])
             let_go(&tree->freed[tier], run->slots[tier] + keep, cut);
+    }
     tree->blocks -= cut;
     run->length = keep;
     fk_set_ends(run);
@@ -197,6 +210,7 @@ int fk_tree_evict(fk_tree *tree, int32_t id, int tier, int64_t want, fk_eviction
     int32_t keep = first_hole(run, tier, left);
     if (reserve_below(tree, id, keep < run->length, gone) != FK_DONE)
         return FK_NO_MEMORY;
+    note_removed(tree, run, tier, left);
     if (slots)
         let_go(&tree->freed[tier], slots + left, run->length - left);
     if (slots && left == 0) {

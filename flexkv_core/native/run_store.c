@@ -255,7 +255,8 @@ void fk_tree_destroy(fk_tree *tree) {
     free(tree->table);
     for (int tier = 0; tier < FK_TIERS; tier++)
         free(tree->freed[tier].data);
-    free(tree->removed.data);
+    for (int tier = 0; tier < FK_TIERS; tier++)
+        free(tree->removed[tier].data);
     memset(tree, 0, sizeof *tree);
 }
 
@@ -264,7 +265,9 @@ static size_t allocated(void *data) {
 }
 
 size_t fk_tree_memory(const fk_tree *tree) {
-    size_t total = allocated(tree->chunks) + allocated(tree->table) + allocated(tree->removed.data);
+    size_t total = allocated(tree->chunks) + allocated(tree->table);
+    for (int tier = 0; tier < FK_TIERS; tier++)
+        total += allocated(tree->removed[tier].data);
     for (int tier = 0; tier < FK_TIERS; tier++)
         total += allocated(tree->freed[tier].data);
     for (int32_t c = 0; c < tree->chunk_count; c++) {

@@ -275,3 +275,38 @@ int64_t fk_tree_missing(const fk_tree *tree, int32_t id, int have, int lack, int
     *at = begin;
     return end - begin;
 }
+
+/* One bit a slot: a look at a million slots costs a millisecond, however many are searched. */
+static uint8_t *bits_of(const int32_t *slots, int64_t count, int32_t *highest) {
+    *highest = -1;
+    for (int64_t i = 0; i < count; i++)
+        if (slots[i] > *highest)
+            *highest = slots[i];
+    uint8_t *bits = calloc(((size_t)*highest + 1) / 8 + 1, 1);
+    for (int64_t i = 0; bits && i < count; i++)
+        if (slots[i] >= 0)
+            bits[slots[i] / 8] |= (uint8_t)(1u << slots[i] % 8);
+    return bits;
+}
+
+int fk_tree_locate(const fk_tree *tree, int tier, const int32_t *slots, int64_t count, fk_vector *found) {
+    int32_t highest;
+    uint8_t *bits = bits_of(slots, count, &highest);
+    int status = bits ? FK_DONE : FK_NO_MEMORY;
+    for (int32_t id = 0; status == FK_DONE && id < tree->chunk_count * FK_CHUNK_RUNS; id++) {
+        const fk_run *run = fk_tree_run(tree, id);
+        if (!run->used || run->detached || !run->slots[tier])
+            continue;
+        for (int32_t at = 0; at < run->length; at++) {
+            int32_t slot = run->slots[tier][at], place[3] = {id, at, slot};
+            if (slot < 0 || slot > highest || !(bits[slot / 8] >> slot % 8 & 1))
+                continue;
+            if ((status = fk_vector_reserve(found, sizeof place)) != FK_DONE)
+                break;
+            memcpy((char *)found->data + found->used, place, sizeof place);
+            found->used += sizeof place;
+        }
+    }
+    free(bits);
+    return status;
+}

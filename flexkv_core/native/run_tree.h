@@ -47,7 +47,7 @@ typedef struct {
     int track_removed;
     unsigned tiers; /* bits of those that were ever used */
     fk_vector freed[FK_TIERS]; /* int32 slots that were let go */
-    fk_vector removed;         /* keys of published blocks that left */
+    fk_vector removed[FK_TIERS]; /* keys of published blocks that a tier lost, by an eviction or because they left the tree */
 } fk_tree;
 
 typedef struct {
@@ -99,6 +99,8 @@ int fk_tree_evictable(const fk_tree *tree, int32_t id, int tier);
 int32_t fk_tree_leaf(const fk_tree *tree, int32_t id, int tier);
 /* The first stretch of blocks from *at on that are in tier `have` and not in `lack`, at most `limit`; returns its length, 0: none. */
 int64_t fk_tree_missing(const fk_tree *tree, int32_t id, int have, int lack, int64_t *at, int64_t limit);
+/* Appends (run, place in it, slot) as three int32 for each of `slots` that an attached run holds in the tier; by run, then by place. */
+int fk_tree_locate(const fk_tree *tree, int tier, const int32_t *slots, int64_t count, fk_vector *found);
 size_t fk_tree_memory(const fk_tree *tree);
 
 int fk_vector_reserve(fk_vector *vector, size_t more);

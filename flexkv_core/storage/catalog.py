@@ -30,6 +30,7 @@ import numpy.typing as npt
 from flexkv_core import native
 from flexkv_core.errors import StorageError
 from flexkv_core.storage.base import BlockBatch, Records
+from flexkv_core.storage.log_space import INDEX_BYTES, LogSpace
 from flexkv_core.types import Slots
 
 logger = logging.getLogger(__name__)
@@ -43,9 +44,9 @@ BATCH_BLOCKS_MAX = 4096
 """Records that one call may change: bounds the log."""
 
 _ROW_OVERHEAD_BYTES = 72  # of a row within its database page: headers, page number, epoch, checksum
-_FIXED_BYTES = (LOG_PAGES + BATCH_BLOCKS_MAX) * (DATABASE_PAGE_BYTES + 24) + (
-    256 << 10
-)  # log with one large commit, its index
+LOG_BYTES = 32 + (LOG_PAGES + BATCH_BLOCKS_MAX) * (DATABASE_PAGE_BYTES + 24)
+"""What the log may become: a commit that is as large as can be, just before it is folded."""
+_FIXED_BYTES = LOG_BYTES + 2 * INDEX_BYTES
 _SEED = struct.Struct("<qq")  # page, epoch
 _NO_EPOCH = -1
 _CHECKSUM_WORD = 10  # where the checksums of a record begin, in words of 4 bytes
@@ -73,12 +74,24 @@ def page_records(shard_count: int) -> int:
 
 def catalog_bytes(slot_count: int, shard_count: int) -> int:
     """Bound of the catalogue's files on disk."""
-    pages_a_row = -(
-        -(record_dtype(shard_count).itemsize * page_records(shard_count) + _ROW_OVERHEAD_BYTES)
-        // DATABASE_PAGE_BYTES
-    )
-    rows = -(-slot_count // page_records(shard_count))
-    return _FIXED_BYTES + int(rows * pages_a_row * DATABASE_PAGE_BYTES * 1.04)  # inner nodes of the tree
+    return _FIXED_BYTES + int(_rows_bytes(slot_count, shard_count) * 1.04)  # inner nodes of the tree
+
+
+def lacking_bytes(path: Path, slot_count: int, shard_count: int) -> int:
+    """What the catalogue at ``path`` may still take from the disk: nothing once it is whole and its log is reserved."""
+    bound = catalog_bytes(slot_count, shard_count)
+    if not path.exists():
+        return bound
+    is_whole = path.stat().st_size >= _rows_bytes(slot_count, shard_count)
+    if is_whole and LogSpace(path, LOG_BYTES).is_reserved:
+        return 0
+    return max(0, bound - path.stat().st_blocks * 512)
+
+
+def _rows_bytes(slot_count: int, shard_count: int) -> int:
+    row_bytes = record_dtype(shard_count).itemsize * page_records(shard_count) + _ROW_OVERHEAD_BYTES
+    pages_a_row = -(-row_bytes // DATABASE_PAGE_BYTES)
+    return -(-slot_count // page_records(shard_count)) * pages_a_row * DATABASE_PAGE_BYTES
 
 
 class Catalog:
@@ -92,7 +105,8 @@ class Catalog:
         read_only: change nothing on disk; for looking at the catalogue of a living process.
 
     Raises:
-        StorageError: it can be neither read nor made; with ``read_only``, it cannot be read.
+        StorageError: it can be neither read nor made; with ``read_only``, it cannot be read. Or the disk has no room for what SQLite needs to
+            open it: it is left as it is.
     """
 
     def __init__(
@@ -111,6 +125,7 @@ class Catalog:
         self._page_records = page_records(shard_count)
         self._read_only = read_only
         self._lock = threading.Lock()
+        self._space = LogSpace(path, LOG_BYTES)
         self._epoch = 0
         self.table[:] = np.zeros(1, self.table.dtype)
         try:
@@ -162,6 +177,8 @@ class Catalog:
         """Fold the log into the database and close it. May be called twice."""
         with self._lock, contextlib.suppress(sqlite3.Error):
             self._database.close()
+            if not self._read_only:
+                self._space.give_back()
 
     def _change(self, slots: Slots, changed: Table) -> None:
         assert len(slots) <= BATCH_BLOCKS_MAX, len(slots)
@@ -209,13 +226,17 @@ class Catalog:
             return database
         try:
             if self.path.exists():
+                self._space.lend()
                 database = _connect(self.path, "rw")
                 self._load(database)
                 if self._fits(database):
+                    self._space.claim()
                     return database
                 database.close()
                 logger.info("catalogue %s: made anew for %d slots", self.path, len(self.table))
         except (sqlite3.Error, StorageError, struct.error, ValueError, TypeError) as error:
+            if isinstance(error, sqlite3.OperationalError) and _is_full(self.path.parent):
+                raise StorageError(f"catalogue {self.path}: {error}: the disk is full") from error
             logger.warning(
                 "catalogue %s cannot be used (%s): its blocks that could be read are kept", self.path, error
             )
@@ -309,7 +330,10 @@ class Catalog:
         draft.rename(self.path)
         _sync(self.path.parent)
         self.bad_pages = 0
-        return _connect(self.path, "rw")
+        self._space.lend()
+        database = _connect(self.path, "rw")
+        self._space.claim()
+        return database
 
     def _all_rows(self) -> Iterator[tuple[int, int, int, bytes]]:
         """Every row in its full size, so that no later change makes the database grow."""
@@ -355,7 +379,13 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = FULL")
         database.execute(f"PRAGMA wal_autocheckpoint = {LOG_PAGES}")
+        database.execute("SELECT count(*) FROM meta").fetchone()  # makes the log and its index
     return database
+
+
+def _is_full(folder: Path) -> bool:
+    system = os.statvfs(folder)
+    return system.f_bavail * system.f_frsize < INDEX_BYTES
 
 
 def _sync(path: Path) -> None:

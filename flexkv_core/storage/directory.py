@@ -6,7 +6,7 @@
         data            slots s, s + D, s + 2 D, …    0600, allocated in full at the start
         identity.json   what the bytes are, for people and for the check at the start
         lock            held by the process that owns the tier
-        catalog.sqlite  in the first of D directories only
+        catalog.sqlite  in the first of D directories only, with what belongs to it: see log_space.py
 
 The identity is in the folder's name, so that data of another model, layout or format version is kept apart, not overwritten.
 """
@@ -32,7 +32,7 @@ from flexkv_core.errors import CapacityError, ConfigError, FlexKVError, StorageE
 from flexkv_core.keys import FORMAT_VERSION, fingerprint
 from flexkv_core.layout import KVLayout
 from flexkv_core.storage.base import SsdSpec
-from flexkv_core.storage.catalog import catalog_bytes
+from flexkv_core.storage.catalog import catalog_bytes, lacking_bytes
 from flexkv_core.types import Slots
 
 logger = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ def open_files(spec: SsdSpec) -> SsdFiles:
             raise ConfigError("ssd_dirs: a directory is named twice")
         locks = tuple(_lock(folder, spec.lock_timeout_s, undo) for folder in folders)
         sizes = _sizes(spec, per_directory)
-        _check_space(folders, sizes)
+        _check_space(spec, folders, sizes)
         found = [
             _allocate(folder / DATA_NAME, size.data, undo)
             for folder, size in zip(folders, sizes, strict=True)
@@ -223,13 +223,12 @@ def try_lock(fd: int) -> bool:
     return True
 
 
-def _check_space(folders: tuple[Path, ...], sizes: list[_Sizes]) -> None:
+def _check_space(spec: SsdSpec, folders: tuple[Path, ...], sizes: list[_Sizes]) -> None:
     """Directories on one file system share its space."""
     needed: dict[int, int] = {}
     for folder, size in zip(folders, sizes, strict=True):
         device = folder.stat().st_dev
-        taken = sum(file.stat().st_blocks * 512 for file in folder.iterdir())
-        needed[device] = needed.get(device, 0) + max(0, size.data + size.catalog + _SMALL_FILES_BYTES - taken)
+        needed[device] = needed.get(device, 0) + _lacking_bytes(spec, folder, size)
     for folder in folders:
         system = os.statvfs(folder)
         available = system.f_bavail * system.f_frsize
@@ -239,6 +238,15 @@ def _check_space(folders: tuple[Path, ...], sizes: list[_Sizes]) -> None:
                 f"ssd_bytes: {asked} more bytes asked for in {folder.parent}, {available} bytes are available; lower ssd_bytes"
                 " or name another directory in ssd_dirs"
             )
+
+
+def _lacking_bytes(spec: SsdSpec, folder: Path, size: _Sizes) -> int:
+    """What a folder must still get from its disk. Nothing if it was whole before: then it starts on a disk that is full."""
+    data = folder / DATA_NAME
+    lacking = max(0, size.data - data.stat().st_blocks * 512) if data.exists() else size.data
+    if size.catalog:
+        lacking += lacking_bytes(folder / CATALOG_NAME, slot_count(spec), spec.layout.shard_count)
+    return lacking + (0 if (folder / IDENTITY_NAME).exists() else _SMALL_FILES_BYTES)
 
 
 def _allocate(path: Path, size: int, undo: contextlib.ExitStack) -> bool:

@@ -37,12 +37,15 @@ logger = logging.getLogger(__name__)
 
 RING_RECORDS = 1 << 16
 """Blocks that may be under way: 4 MiB of commands. More are refused, which is a miss or a write that is tried later."""
+FORGET_RECORDS = RING_RECORDS // 2
+"""Sent at a time, so that the other side removes some while the next are waiting."""
 START_TIMEOUT_S = 600.0  # allocating terabytes on a slow file system, loading a catalogue of many millions
 RESTARTS_MAX = 5
 RESTART_WINDOW_S = 60.0
 """A process that dies more often than this stays down: something is wrong that starting does not mend."""
 BACKOFF_S = 0.1  # before the first start anew, then doubled
 KILL_AFTER_S = 2.0  # beyond a stop's deadline
+TICK_S = 0.5  # how late a write that is owed begins once it may; costs 20 us
 
 # Not `-m`, which runs the module a second time: importing the package has imported it.
 _RUN_WORKER = "from flexkv_core.transfer.worker import main; main()"
@@ -55,7 +58,7 @@ class Progress:
     """Blocks of one batch that ended.
 
     ``indexes``: int64 [n], places in the batch as it was submitted. ``statuses``: uint32 [n], :class:`BlockStatus`. ``finished``: these
-    are the last of the batch.
+    are the last of the batch. ``is_lost``: the process ended before them, so they tell nothing about the tier.
     """
 
     op: int
@@ -63,6 +66,7 @@ class Progress:
     indexes: npt.NDArray[np.int64]
     statuses: Statuses
     finished: bool
+    is_lost: bool = False
 
 
 @dataclass
@@ -82,6 +86,7 @@ class StorageProcess:
         host: the host tier; this process must own it.
         on_progress: called on the supervisor's thread, for every block of every accepted read, write, flush and clear.
         on_corrupt: called on that thread with the SSD slots that the scrubber put into quarantine.
+        on_tick: called on that thread whenever a process begins to take commands, and about every TICK_S while one does.
     """
 
     def __init__(
@@ -90,6 +95,7 @@ class StorageProcess:
         host: HostSegment,
         on_progress: Callable[[Progress], None],
         on_corrupt: Callable[[Slots], None] = lambda slots: None,
+        on_tick: Callable[[], None] = lambda: None,
     ) -> None:
         assert host.handle.pid == os.getpid(), "the host segment belongs to another process"
         self.slot_count = slot_count(spec)
@@ -98,6 +104,7 @@ class StorageProcess:
         self._host = host
         self._on_progress = on_progress
         self._on_corrupt = on_corrupt
+        self._on_tick = on_tick
         self._lock = threading.Lock()  # guards what follows, and pushing
         self._pending: dict[int, _Pending] = {}
         self._records_under_way = 0
@@ -161,11 +168,19 @@ class StorageProcess:
         commands["key"], commands["parent"] = key_words(keys), key_words(parents)
         return self._send(commands, CommandKind.WRITE, op)
 
-    def forget(self, ssd_slots: Slots) -> bool:
-        """Remove records, in order with the writes. Not answered; one that is lost costs nothing but a record that is still right."""
-        commands = _commands(CommandKind.FORGET, 0, ssd_slots, ssd_slots)
+    def forget(self, ssd_slots: Slots, timeout_s: float = 0.0) -> bool:
+        """Remove records, in order with the writes. Not answered; one that is lost costs nothing but a record that is still right.
+
+        Any number: what the ring has no room for is sent as it empties, for up to ``timeout_s``. False: not all were sent.
+        """
+        deadline = time.monotonic() + timeout_s
         with self._lock:
-            return self._link is not None and self._link.commands.push(commands)
+            for start in range(0, len(ssd_slots), FORGET_RECORDS):
+                part = ssd_slots[start : start + FORGET_RECORDS]
+                commands = _commands(CommandKind.FORGET, 0, part, part)
+                if self._link is None or not self._link.commands.push(commands, deadline - time.monotonic()):
+                    return False
+        return True
 
     def flush(self, op: int) -> bool:
         """Report ``op`` when all writes before it have been reported."""
@@ -255,11 +270,22 @@ class StorageProcess:
         poll = select.poll()
         poll.register(link.completions.fileno(), select.POLLIN)
         poll.register(link.pid_fd, select.POLLIN)
+        next_tick = 0.0
         while True:
-            ready = {fd for fd, _ in poll.poll()}
+            if (left_s := next_tick - time.monotonic()) <= 0:
+                self._guard(self._on_tick)
+                left_s, next_tick = TICK_S, time.monotonic() + TICK_S
+            ready = {fd for fd, _ in poll.poll(left_s * 1000)}
             self._take(link)
             if link.pid_fd in ready:
                 return
+
+    def _guard(self, call: Callable[[], None]) -> None:
+        """The thread's edge: a fault of the manager's must not leave other batches without an end."""
+        try:
+            call()
+        except Exception:
+            logger.exception("storage process: the manager did not take a report")
 
     def _take(self, link: _Link) -> None:
         done = link.completions.take()
@@ -267,13 +293,15 @@ class StorageProcess:
             return
         unasked = done[done["op"] == 0]
         if len(unasked):
-            self._on_corrupt(unasked["index"].astype(np.int32))
+            self._guard(lambda: self._on_corrupt(unasked["index"].astype(np.int32)))
         done = done[np.argsort(done["op"], kind="stable")]
         for part in np.split(done, np.flatnonzero(np.diff(done["op"])) + 1):
             if part["op"][0]:
                 self._report(int(part["op"][0]), part["index"].astype(np.int64), part["status"].copy())
 
-    def _report(self, op: int, indexes: npt.NDArray[np.int64], statuses: Statuses) -> None:
+    def _report(
+        self, op: int, indexes: npt.NDArray[np.int64], statuses: Statuses, is_lost: bool = False
+    ) -> None:
         with self._lock:
             pending = self._pending[op]
             pending.left[indexes] = False
@@ -283,14 +311,9 @@ class StorageProcess:
                 self._forget_pending(op)
             if pending.kind is CommandKind.CLEAR and statuses[0] == BlockStatus.OK:
                 self._clear_owed = False
-        if pending.is_own:
-            return
-        try:
-            self._on_progress(Progress(op, pending.kind, indexes, statuses, finished))
-        except (
-            Exception
-        ):  # the thread's edge: a fault of the manager's must not leave other batches without an end
-            logger.exception("storage process: a report was not taken")
+        if not pending.is_own:
+            progress = Progress(op, pending.kind, indexes, statuses, finished, is_lost)
+            self._guard(lambda: self._on_progress(progress))
 
     def _drop_pending(self) -> None:
         with self._lock:
@@ -299,7 +322,7 @@ class StorageProcess:
             indexes = np.flatnonzero(pending.left)
             if pending.kind is CommandKind.READ:
                 self._host.arrivals[pending.host_slots[indexes]] = arrival_mark(op, ok=False)
-            self._report(op, indexes, np.full(len(indexes), BlockStatus.DROPPED, np.uint32))
+            self._report(op, indexes, np.full(len(indexes), BlockStatus.DROPPED, np.uint32), is_lost=True)
 
     def _restart(self, starts: deque[float]) -> _Link | None:
         """The next process, serving; None when it is not to be had."""

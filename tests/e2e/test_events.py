@@ -36,13 +36,15 @@ def engine(llama: Path, subscriber: zmq.Socket[bytes]) -> Iterator[Engine]:
         yield running
 
 
-def host_events(subscribed: zmq.Socket[bytes]) -> list[BlockStored | BlockRemoved | AllBlocksCleared]:
-    """Events about host memory that arrive until nothing has come for a while."""
+def events_of(
+    subscribed: zmq.Socket[bytes], *media: str
+) -> list[BlockStored | BlockRemoved | AllBlocksCleared]:
+    """Events about these media that arrive until nothing has come for a while."""
     found = []
     while subscribed.poll(400):
         _, _, payload = subscribed.recv_multipart()
         for event in msgspec.msgpack.decode(payload, type=KVEventBatch).events:
-            if isinstance(event, AllBlocksCleared) or event.medium == "CPU":
+            if isinstance(event, AllBlocksCleared) or event.medium in media:
                 found.append(event)
     return found
 
@@ -50,10 +52,10 @@ def host_events(subscribed: zmq.Socket[bytes]) -> list[BlockStored | BlockRemove
 def test_events_replayed_give_what_is_cached(engine: Engine, subscriber: zmq.Socket[bytes]) -> None:
     size = engine.block_tokens
     engine.ask(prompt_tokens(1, 2 * size))  # the subscription is up once something has come
-    host_events(subscriber)
+    events_of(subscriber, "CPU")
     engine.reset(external=True)
     engine.ask(prompt_tokens(2, 7))  # events go out with a step's output
-    cleared = host_events(subscriber)
+    cleared = events_of(subscriber, "CPU")
     assert any(isinstance(event, AllBlocksCleared) for event in cleared)
 
     index: dict[bytes, bytes | None] = {}
@@ -62,7 +64,7 @@ def test_events_replayed_give_what_is_cached(engine: Engine, subscriber: zmq.Soc
         prompt = prompt_tokens(seed, 6 * size + 5)
         engine.ask(prompt)
         engine.ask(prompt_tokens(seed, 7))  # its step carries what the store before it reported
-        for event in host_events(subscriber):
+        for event in events_of(subscriber, "CPU"):
             if isinstance(event, BlockStored):
                 assert event.block_size == size
                 assert len(event.token_ids) == size * len(event.block_hashes)

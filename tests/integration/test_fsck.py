@@ -6,7 +6,9 @@ import json
 import os
 import random
 import signal
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -123,3 +125,30 @@ def test_what_it_cannot_check(store: SsdStore, tmp_path: Path) -> None:
     assert second.exit_code == 2
     assert str(store.files.folders[0]) in second.stderr.replace("\n", "")
     assert "not in use" not in fsck(str(tmp_path / "ssd0")).stdout
+
+
+def test_other_identities_are_named_and_removed_when_asked(tmp_path: Path, host: Host) -> None:
+    specs = [replace(spec_of(tmp_path, 2), identity={"model": name}) for name in "abc"]
+    folders = {}
+    for age_days, spec in zip((9, 3, 5), specs, strict=True):
+        store = SsdStore(spec, host.segment)
+        folders[age_days] = store.files.folders
+        store.close()
+        for folder in store.files.folders:
+            for file in folder.iterdir():
+                os.utime(file, (time.time() - age_days * 86_400,) * 2)
+    first = str(tmp_path / "ssd0")
+    said = fsck(first).stdout
+    for age_days, named in ((9, True), (3, False), (5, True)):
+        assert (f"{folders[age_days][0]}: another identity, 0.04 GiB" in said) == named
+    assert "last used 9.0 days ago" in said
+    assert all(folder.exists() for pair in folders.values() for folder in pair)
+    living = SsdStore(specs[0], host.segment)  # the oldest
+    removed = fsck("--remove-other-identities", "--json", first)
+    assert removed.exit_code == 0
+    gone = [json.loads(line)["removed"] for line in removed.stdout.splitlines()]
+    assert sorted(gone) == sorted([str(folder) for folder in folders[age]] for age in (3, 5))
+    assert [folder.exists() for age in (9, 3, 5) for folder in folders[age]] == [True] * 2 + [False] * 4
+    living.close()
+    assert fsck("--remove-other-identities", first).stdout == ""
+    assert report(first)["clean"]

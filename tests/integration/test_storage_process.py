@@ -16,13 +16,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from flexkv_core.cache import GlobalCacheEngine
 from flexkv_core.errors import CapacityError, ConfigError
-from flexkv_core.storage.base import SsdSpec
-from flexkv_core.storage.memory import arrival_mark
+from flexkv_core.layout import KVLayout
+from flexkv_core.storage.base import BlockBatch, SsdSpec
+from flexkv_core.storage.catalog import BATCH_BLOCKS_MAX, Catalog, catalog_bytes
+from flexkv_core.storage.directory import open_files
+from flexkv_core.storage.memory import HostSegment, arrival_mark
 from flexkv_core.transfer import supervisor
 from flexkv_core.transfer.ring import CommandKind
 from flexkv_core.transfer.supervisor import Progress, StorageProcess
-from flexkv_core.types import Slots
+from flexkv_core.types import Slots, Tier
 from tests.contract.storage.rig import CORRUPT, DROPPED, OK, Host, spec_of, words
 
 
@@ -270,6 +274,36 @@ def test_the_scrubber_finds_rot(tmp_path: Path, start: Callable[[SsdSpec], Rig],
     assert rig.write(BLOCKS[:1], np.array([10])).tolist() == [CORRUPT]
     rig.process.close()
     assert len(start(spec).records) == 63
+
+
+def test_more_is_forgotten_than_the_ring_has_room_for(
+    tmp_path: Path,
+) -> None:
+    count = supervisor.RING_RECORDS + 5000
+    small = KVLayout(16, 16, 4096, 1)
+    size = count * small.slot_bytes + catalog_bytes(count, 1) + (1 << 20)
+    spec = replace(spec_of(tmp_path, size=size), layout=small)
+    files = open_files(spec)
+    catalog = Catalog(files.catalog_path, files.slot_count, 1)
+    for first in range(0, count, BATCH_BLOCKS_MAX):
+        slots = np.arange(first, min(first + BATCH_BLOCKS_MAX, count), dtype=np.int32)
+        keys = words(slots + 1)
+        catalog.put(BlockBatch(keys, keys, slots, slots), np.ones((len(slots), 1), np.uint32))
+    catalog.close()
+    files.close()
+    segment = HostSegment.create(1, small)
+    process = StorageProcess(spec, segment, lambda progress: None)
+    cache = GlobalCacheEngine({Tier.HOST: 1, Tier.SSD: process.slot_count})
+    records = process.start()
+    assert len(records) == count
+    orphans = cache.load(records.slots, records.keys, records.parents)
+    assert len(orphans) == count  # each is its own parent
+    assert process.forget(orphans, timeout_s=30)
+    process.close(30)
+    catalog = Catalog(files.catalog_path, files.slot_count, 1)
+    assert len(catalog.records()) == 0
+    catalog.close()
+    segment.close()
 
 
 MANAGER = """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,3 +40,47 @@ def test_damage_on_the_media(tmp_path: Path) -> None:
     assert verdict["flips"] == 3 * 101
     assert verdict["flips_in_occupied_slots"] > 30
     assert verdict["blocks_checked"] > 1000
+
+
+def test_a_crash_test_that_is_killed_leaves_nobody_behind(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "flexkv_core.cli.torture.crash",
+        "--rounds",
+        "999",
+        "--directory",
+        str(tmp_path),
+    ]
+    test = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while not (left := family_of(test.pid)) or not any(map(family_of, left)):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        left += [pid for child in left for pid in family_of(child)]
+    finally:
+        test.kill()
+        test.wait()
+    while any(is_alive(pid) for pid in left):
+        assert time.monotonic() < deadline, "a writer or its storage process goes on"
+        time.sleep(0.05)
+
+
+def family_of(pid: int) -> list[int]:
+    """Its children."""
+    try:
+        return [
+            int(child)
+            for task in Path(f"/proc/{pid}/task").iterdir()
+            for child in (task / "children").read_text().split()
+        ]
+    except OSError:
+        return []
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

@@ -94,7 +94,7 @@ class SchedulerSide:
         self._sampler = HitSampler(config.verify_sample)
         self._checks: set[int] = set()  # planned since the last step
         model = ModelConfig(identity(vllm_config, kv_cache_config, config), layout)
-        self.manager = KVManager(model, config, self._executor, track_removed=self.events.enabled)
+        self.manager = KVManager(model, config, self._executor, track_events=self.events.enabled)
         self.manager.start()
         self._counters = self.manager.counters()
         self._requests: dict[str, _RequestState] = {}
@@ -236,7 +236,9 @@ class SchedulerSide:
 
     def take_events(self) -> Iterable[KVCacheEvent]:
         """What was stored and removed since the last call."""
-        self.events.removed(self.manager.take_removed())
+        happened = self.manager.take_events()
+        self._take_ended()  # the requests of what was stored
+        self.events.happened(happened)
         return self.events.take()
 
     def take_stats(self) -> FlexKVStats | None:

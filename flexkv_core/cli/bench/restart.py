@@ -49,6 +49,7 @@ def run(quick: bool = False, blocks: int | None = None) -> dict[str, float | boo
             "seconds_per_million_blocks": _median(starts, "seconds") / count * 1e6,
             "tier_seconds": _median(starts, "tier_seconds"),
             "tree_seconds": _median(starts, "tree_seconds"),
+            "tree_with_events_seconds": _median(starts, "tree_with_events_seconds"),
             "catalog_bytes_per_block": catalog.stat().st_size / count,
         }
 
@@ -89,8 +90,9 @@ def _start(folder: str, count: int, catalog: Path) -> dict[str, float]:
         assert child.stdout is not None
         line = child.stdout.readline()
         seconds = time.monotonic() - started
+        with_events = child.stdout.readline()
     assert child.returncode == 0, "the measured process failed"
-    return {"seconds": seconds, **json.loads(line)}
+    return {"seconds": seconds, **json.loads(line), **json.loads(with_events)}
 
 
 def _measured(folder: str, count: int) -> None:
@@ -101,13 +103,20 @@ def _measured(folder: str, count: int) -> None:
     began = time.monotonic()
     records = process.start()
     loaded = time.monotonic()
-    cache = GlobalCacheEngine({Tier.HOST: HOST_SLOTS, Tier.SSD: process.slot_count})
-    dropped = cache.load(records.slots, records.keys, records.parents, records.generations.astype(np.int64))
+    capacities = {Tier.HOST: HOST_SLOTS, Tier.SSD: process.slot_count}
+    content = (records.slots, records.keys, records.parents, records.generations.astype(np.int64))
+    cache = GlobalCacheEngine(capacities)
+    dropped = cache.load(*content)
     warm = time.monotonic()
     assert len(records) == count
     assert not len(dropped), f"{len(dropped)} blocks found no place in the tree"
     assert cache.match(records.keys[: 16 * CHAIN_BLOCKS]) == CHAIN_BLOCKS
     print(json.dumps({"tier_seconds": loaded - began, "tree_seconds": warm - loaded}), flush=True)
+    began = time.monotonic()
+    cache = GlobalCacheEngine(capacities, track_events=True)
+    cache.load(*content)
+    print(json.dumps({"tree_with_events_seconds": time.monotonic() - began}), flush=True)
+    assert sum(len(event.keys) for event in cache.take_events()) == len(records.keys)
     process.close()
     host.close()
 

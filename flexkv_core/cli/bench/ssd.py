@@ -13,6 +13,7 @@ import gc
 import mmap
 import os
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -26,6 +27,7 @@ import numpy.typing as npt
 
 from flexkv_core.cli.bench.fio import Rate, find_fio, run_fio
 from flexkv_core.io import IoEngine, IoKind, Region, make_ops, open_engine
+from flexkv_core.transfer.worker import SWITCH_S
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZES = {"256k": 256 * KIB, "1m": MIB, "4m": 4 * MIB}
@@ -206,17 +208,20 @@ def _check(place: _Place, count: int, block_bytes: int) -> None:
 
 @contextmanager
 def _busy_thread() -> Iterator[None]:
-    """A thread that never gives the interpreter up by itself."""
+    """A thread that never gives the interpreter up by itself; it is taken away as often as in the storage process."""
     stop = False
+    interval_s = sys.getswitchinterval()
 
     def spin() -> None:
         while not stop:
             sum(range(100))
 
     thread = threading.Thread(target=spin, daemon=True)
+    sys.setswitchinterval(SWITCH_S)
     thread.start()
     try:
         yield
     finally:
+        sys.setswitchinterval(interval_s)
         stop = True
         thread.join()

@@ -8,6 +8,7 @@ through a new manager, which goes on from there. What the first child reported a
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import logging
 import multiprocessing
@@ -55,6 +56,7 @@ PAUSES = 0.5  # of the rounds in which the manager survives its storage process
 KILLED_BEFORE_THEIR_MANAGER = 0.5  # of the storage processes that were started again
 _PATIENCE_S = 60.0
 _POLL_S = 0.002
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
 MODES = {"manager": 1, "storage": 1, "both": 2}
 """Whom to kill, and how often. A storage process that outlives its manager ends in order, so those deaths cut no write in two."""
 
@@ -127,7 +129,7 @@ class CrashTest:
         engine = self._rng.choice(("auto", "threads"))
         config = settings(self._directories, SSD_SLOTS, HOST_SLOTS, io_engine=engine, scrub_bytes_per_s=0)
         child = multiprocessing.get_context("fork").Process(
-            target=_serve, args=(config, self._ledger, image, self._rng.randrange(1 << 30))
+            target=_serve, args=(config, self._ledger, image, self._rng.randrange(1 << 30), os.getpid())
         )
         child.start()
         try:
@@ -208,8 +210,9 @@ class CrashTest:
 # The child
 
 
-def _serve(config: FlexKVConfig, ledger: Ledger, image: Image | None, seed: int) -> None:
+def _serve(config: FlexKVConfig, ledger: Ledger, image: Image | None, seed: int, parent: int) -> None:
     """Read back what there was, then work until killed or told to stop."""
+    _end_with(parent)
     install(ledger, WRITE_BYTES)
     manager, device = make_manager(config)
     assert ledger.process is not None
@@ -229,6 +232,14 @@ def _serve(config: FlexKVConfig, ledger: Ledger, image: Image | None, seed: int)
         time.sleep(_POLL_S)
     _book(ledger, load)
     manager.shutdown()
+
+
+def _end_with(parent: int) -> None:
+    """Have the kernel kill this process when the test dies, however that happens: nobody else would stop its load."""
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl")
+    if os.getppid() != parent:  # it had died before the kernel was told
+        os._exit(1)
 
 
 def _book(ledger: Ledger, load: Load) -> None:

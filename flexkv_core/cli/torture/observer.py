@@ -42,8 +42,9 @@ class ObservedProcess(StorageProcess):
         host: HostSegment,
         on_progress: Callable[[Progress], None],
         on_corrupt: Callable[[Slots], None],
+        on_tick: Callable[[], None],
     ) -> None:
-        super().__init__(spec, host, self._observe, self._observe_corrupt)
+        super().__init__(spec, host, self._observe, self._observe_corrupt, on_tick)
         self._observer = observer
         self._tell = on_progress
         self._tell_corrupt = on_corrupt
@@ -67,10 +68,10 @@ class ObservedProcess(StorageProcess):
         self._remember(op, ssd_slots, keys)
         return self._accepted(op, super().write(op, keys, parents, ssd_slots, host_slots))
 
-    def forget(self, ssd_slots: Slots) -> bool:
+    def forget(self, ssd_slots: Slots, timeout_s: float = 0.0) -> bool:
         """As the base."""
         self._observer.will_write(ssd_slots)
-        return super().forget(ssd_slots)
+        return super().forget(ssd_slots, timeout_s)
 
     def _remember(self, op: int, slots: Slots, keys: bytes) -> None:
         with self._asking:
@@ -108,7 +109,8 @@ def install(observer: Observer, write_bytes: int) -> None:
         host: HostSegment,
         on_progress: Callable[[Progress], None],
         on_corrupt: Callable[[Slots], None],
+        on_tick: Callable[[], None],
     ) -> ObservedProcess:
-        return ObservedProcess(observer, spec, host, on_progress, on_corrupt)
+        return ObservedProcess(observer, spec, host, on_progress, on_corrupt, on_tick)
 
     vars(ssd_link).update(StorageProcess=make, WRITE_BYTES=write_bytes)

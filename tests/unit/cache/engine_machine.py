@@ -18,7 +18,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from flexkv_core.cache import GetPlan, GlobalCacheEngine, PutPlan
+from flexkv_core.cache import EventKind, GetPlan, GlobalCacheEngine, PutPlan
 from flexkv_core.cache.radix_tree import PyRunIndex
 from flexkv_core.types import KEY_BYTES, Tier
 
@@ -90,7 +90,7 @@ class EngineMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.engine = self.engine_class(
-            {Tier.HOST: CAPACITY}, index_factory=type(self).index_factory, track_removed=True
+            {Tier.HOST: CAPACITY}, index_factory=type(self).index_factory, track_events=True
         )
         self.tree: dict[bytes, Block] = {}
         self.bytes_in_slot: dict[int, bytes] = {}
@@ -143,7 +143,8 @@ class EngineMachine(RuleBasedStateMachine):
             del self.tree[key]
 
     def taken_removed(self) -> set[bytes]:
-        raw = self.engine.take_removed()
+        events = [event for event in self.engine.take_events() if event.kind is EventKind.REMOVED]
+        raw = b"".join(event.keys for event in events)
         keys = [raw[i : i + KEY_BYTES] for i in range(0, len(raw), KEY_BYTES)]
         assert len(set(keys)) == len(keys), "a key was reported twice"
         return set(keys)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from flexkv_core.cache import GlobalCacheEngine
+from flexkv_core.cache import ROOT, EventKind, GlobalCacheEngine, TierEvent
 from flexkv_core.cache.radix_tree import PyRunIndex, RunIndex
 from flexkv_core.errors import ConfigError
 from flexkv_core.types import KEY_BYTES, Tier
@@ -182,18 +182,21 @@ def test_bad_block_and_what_follows_it_leave(make: Engine) -> None:
     engine.check_integrity()
 
 
-def test_removed_keys_are_reported_once(make: Engine) -> None:
+def test_what_comes_and_goes_is_reported_once_and_in_order(make: Engine) -> None:
     engine = make(8)
-    tracking = GlobalCacheEngine({Tier.HOST: 8}, index_factory=type(engine.index), track_removed=True)
+    tracking = GlobalCacheEngine({Tier.HOST: 8}, index_factory=type(engine.index), track_events=True)
     first, second = keys_of(8), keys_of(3)
     store(tracking, first)
     store(tracking, second)
-    assert tracking.take_removed() == first[5 * KEY_BYTES :]
-    assert tracking.take_removed() == b""
+    assert tracking.take_events() == [
+        TierEvent(EventKind.STORED, Tier.HOST, first, ROOT),
+        TierEvent(EventKind.REMOVED, Tier.HOST, first[5 * KEY_BYTES :]),
+        TierEvent(EventKind.STORED, Tier.HOST, second, ROOT),
+    ]
+    assert tracking.take_events() == []
     tracking.abort_put(tracking.plan_put(second + keys_of(1)))
-    tracking.take_removed()
     tracking.reset()
-    assert tracking.take_removed() == b""
+    assert tracking.take_events() == []
 
 
 def test_old_pinned_runs_are_stepped_over_once(make: Engine) -> None:

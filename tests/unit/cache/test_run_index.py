@@ -195,6 +195,12 @@ class BothIndexes(RuleBasedStateMachine):
             assert self.native.segment(number, tiers[0], *found) == whole
             assert whole[1] == self.twin.keys(run)[KEY_BYTES * found[0] : KEY_BYTES * sum(found)]
 
+    @rule(tier=st.integers(0, 2), values=st.sets(st.integers(-1, 99), max_size=20))
+    def locate(self, tier: int, values: set[int]) -> None:
+        found = [np.frombuffer(i.locate(tier, slots(*values)), np.int32) for i in (self.twin, self.native)]
+        places = [[tuple(place) for place in raw.reshape(-1, 3).tolist()] for raw in found]
+        assert sorted((self.native_id[run], at, slot) for run, at, slot in places[0]) == places[1]
+
     @rule(data=st.data(), through=st.booleans(), tier=st.integers(0, 2), start=st.integers(0, 6))
     def match(self, data: st.DataObject, tier: int, through: bool, start: int) -> None:
         run = self.draw_run(data)
@@ -231,9 +237,9 @@ class BothIndexes(RuleBasedStateMachine):
         for tier in range(3):
             drained = [sorted(np.frombuffer(i.drain(tier), np.int32).tolist()) for i in (twin, native)]
             assert drained[0] == drained[1]
-        removed = [i.drain_removed() for i in (twin, native)]
-        parts = [sorted(raw[i : i + KEY_BYTES] for i in range(0, len(raw), KEY_BYTES)) for raw in removed]
-        assert parts[0] == parts[1]
+            removed = [i.drain_removed(tier) for i in (twin, native)]
+            parts = [sorted(raw[i : i + KEY_BYTES] for i in range(0, len(raw), KEY_BYTES)) for raw in removed]
+            assert parts[0] == parts[1]
 
 
 @native_only

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from flexkv_core.cache import ROOT, GlobalCacheEngine, WritePlan
+from flexkv_core.cache import ROOT, EventKind, GlobalCacheEngine, WritePlan
 from flexkv_core.cache.radix_tree import PyRunIndex, RunIndex
 from flexkv_core.types import KEY_BYTES, Slots, Tier
 
@@ -216,3 +216,83 @@ def test_warm_start_of_nothing(make: Engine) -> None:
     engine = make(8, 16)
     assert not len(engine.load(array(), b"", b""))
     engine.check_integrity()
+
+
+def test_what_is_owed_waits_again_when_it_is_asked_for(make: Engine) -> None:
+    engine, keys, others = make(16, 32), keys_of(6), keys_of(4)
+    store(engine, keys)
+    store(engine, others)
+    assert engine.drop_oldest_writes(6) == 6
+    plan = engine.plan_write(64)
+    assert plan is not None
+    assert plan.keys == others
+    ok = np.array([True, True, False, False])
+    assert not len(engine.finish_write(plan, ok))
+    assert engine.plan_write(64) is None
+    store(engine, keys + keys_of(2))  # cuts nothing: what is owed stays so when its run grows
+    assert engine.queue_owed_writes(1) + engine.queue_owed_writes(64) == 8
+    assert engine.queue_owed_writes(64) == 0
+    assert sum(plan.count for plan in write_all(engine)) == 10
+
+
+def test_nothing_is_owed_that_has_left_host_memory(make: Engine) -> None:
+    engine, keys = make(8, 32), keys_of(8)
+    store(engine, keys)
+    engine.drop_oldest_writes(8)
+    engine.evict(8)
+    assert engine.queue_owed_writes(64) == 0
+
+
+def test_slots_with_other_bytes_leave_the_tree_without_a_read(make: Engine) -> None:
+    engine, keys, branch = make(8, 32), keys_of(8), keys_of(3)
+    store(engine, keys)
+    (plan,) = write_all(engine)
+    slots = plan.ssd_slots
+    assert engine.drop_slots(Tier.SSD, slots[[1, 6]]) == 0  # host memory has them
+    (again,) = write_all(engine)
+    assert again.keys == keys[KEY_BYTES : 2 * KEY_BYTES] + keys[6 * KEY_BYTES : 7 * KEY_BYTES]
+    assert not set(again.ssd_slots.tolist()) & {int(slots[1]), int(slots[6])}
+    engine.evict(8)
+    get = engine.plan_get(keys[: 4 * KEY_BYTES])
+    assert engine.drop_slots(Tier.SSD, slots[[3, 5, 7]]) == 5
+    assert engine.match(keys) == 3
+    store(engine, keys[: 3 * KEY_BYTES] + branch)  # nothing is left that stands in its way
+    engine.invalidate(get, 3, Tier.SSD)  # the read found it too
+    engine.finish_get(get)
+    engine.check_integrity()
+    assert engine.pools[Tier.SSD].quarantined_count == 5
+    assert engine.drop_slots(Tier.SSD, slots) == 3 + len(branch) // KEY_BYTES
+
+
+@pytest.mark.parametrize("index", list({PyRunIndex, RunIndex}))
+def test_a_warm_start_is_told_in_pieces_and_parents_first(index: type[PyRunIndex]) -> None:
+    capacities = {Tier.HOST: 8, Tier.SSD: 200}
+    engine = GlobalCacheEngine(capacities, index_factory=index, track_events=True)
+    stem = keys_of(4)
+    chains = [stem + keys_of(12) for _ in range(10)]
+    rows: dict[bytes, bytes] = {}
+    for chain in chains:
+        above = ROOT
+        for at in range(0, len(chain), KEY_BYTES):
+            rows[chain[at : at + KEY_BYTES]] = above
+            above = chain[at : at + KEY_BYTES]
+    order = np.random.default_rng(1).permutation(len(rows))
+    keys, parents = (np.frombuffer(b"".join(raw), "V16")[order].tobytes() for raw in (rows, rows.values()))
+    assert not len(engine.load(np.arange(len(rows), dtype=np.int32), keys, parents))
+    engine.evict(5, Tier.SSD)  # comes after all that it takes back
+    known, pieces = {ROOT}, 0
+    told = set()
+    while events := engine.take_events(16):
+        pieces += 1
+        for event in events:
+            names = [event.keys[i : i + KEY_BYTES] for i in range(0, len(event.keys), KEY_BYTES)]
+            assert event.tier is Tier.SSD
+            if event.kind is EventKind.REMOVED:
+                told -= set(names)
+                continue
+            assert event.parent in known
+            assert [rows[name] for name in names] == [event.parent, *names[:-1]]
+            known |= set(names)
+            told |= set(names)
+    assert pieces > 4
+    assert len(told) == len(rows) - 5

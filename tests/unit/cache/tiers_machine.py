@@ -17,7 +17,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from flexkv_core.cache import ROOT, GetPlan, GlobalCacheEngine, PutPlan, WritePlan
+from flexkv_core.cache import ROOT, EventKind, GetPlan, GlobalCacheEngine, PutPlan, WritePlan
 from flexkv_core.cache.radix_tree import PyRunIndex
 from flexkv_core.types import KEY_BYTES, Tier
 from tests.unit.cache.engine_machine import TOKENS, Tokens, key_list
@@ -67,18 +67,19 @@ class TiersMachine(RuleBasedStateMachine):
             int, tuple[bytes, bytes]
         ] = {}  # what the store would load: SSD slot -> key, parent
         self.counter = 0
+        self.parents: dict[bytes, bytes] = {}  # as the events say; a key names all before it, so that stays
         self.start()
 
     def start(self) -> None:
-        self.engine = self.engine_class(
-            CAPACITIES, index_factory=type(self).index_factory, track_removed=True
-        )
+        self.engine = self.engine_class(CAPACITIES, index_factory=type(self).index_factory, track_events=True)
         self.tree: dict[bytes, Block] = {}
         self.host_bytes: dict[int, bytes] = {}
         self.live: dict[int, Live] = {}
         self.quarantined: set[int] = set()
         self.must_wait: set[bytes] = set()  # published blocks that no write plan may forget
+        self.owed: set[bytes] = set()  # those that must wait again after queue_owed_writes()
         self.steps = 0
+        self.told: dict[Tier, set[bytes]] = {tier: set() for tier in TIERS}  # what the events say
 
     # ---- the model -----------------------------------------------------------------------------------------------------------
 
@@ -145,12 +146,10 @@ class TiersMachine(RuleBasedStateMachine):
         return found
 
     def leave(self, keys: set[bytes]) -> None:
-        removed = split_keys(self.engine.take_removed())
-        assert len(set(removed)) == len(removed), "a key was reported twice"
-        assert set(removed) == {key for key in keys if self.tree[key].putting is None}
         for key in keys:
             del self.tree[key]
         self.must_wait -= keys
+        self.owed -= keys
 
     def evicted(
         self, tier: Tier, room_needed: int, own_path: Iterable[bytes] = (), exactly: bool = True
@@ -352,6 +351,26 @@ class TiersMachine(RuleBasedStateMachine):
         assert left == len(gone)
         self.leave(gone)
 
+    @rule(data=st.data())
+    def drop_slots(self, data: st.DataObject) -> None:
+        held = {block.slots[Tier.SSD]: key for key, block in self.tree.items() if Tier.SSD in block.slots}
+        bad = data.draw(
+            st.sets(st.integers(0, CAPACITIES[Tier.SSD] - 1), min_size=1, max_size=3), label="bad"
+        )
+        gone = set()
+        for slot in bad & held.keys():
+            block = self.tree[held[slot]]
+            self.quarantined.add(slot)
+            self.records.pop(slot)
+            del block.slots[Tier.SSD]
+            if block.slots:
+                self.must_wait.add(held[slot])
+            else:
+                gone.add(held[slot])
+        gone = self.below(gone)
+        assert self.engine.drop_slots(Tier.SSD, np.array(sorted(bad), np.int32)) == len(gone)
+        self.leave(gone)
+
     # ---- write-behind --------------------------------------------------------------------------------------------------------
 
     @rule(target=writes, limit=st.integers(1, 12))
@@ -360,7 +379,8 @@ class TiersMachine(RuleBasedStateMachine):
         return multiple() if live is None else live
 
     def begin_write(self, limit: int) -> Live | None:
-        free, held = CAPACITIES[Tier.SSD] - self.engine.used(Tier.SSD), self.held(Tier.SSD)
+        held = self.held(Tier.SSD)
+        free = CAPACITIES[Tier.SSD] - self.engine.used(Tier.SSD) - len(self.quarantined)  # or more
         plan = self.engine.plan_write(limit)
         keys = [] if plan is None else split_keys(plan.keys)
         self.evicted(Tier.SSD, max(0, limit - free), self.above(keys), exactly=False)
@@ -390,6 +410,7 @@ class TiersMachine(RuleBasedStateMachine):
             block.writing = self.counter
             self.records.pop(int(plan.ssd_slots[i]), None)  # the store begins with that
         self.must_wait -= set(keys)
+        self.owed -= set(keys)
         self.counter -= 1
         return self.begin(plan, keys)
 
@@ -427,8 +448,8 @@ class TiersMachine(RuleBasedStateMachine):
                     block.slots[Tier.SSD] = slot
                 else:
                     forget.add(slot)
-            elif retry and here:
-                self.must_wait.add(key)
+            elif here:
+                (self.must_wait if retry else self.owed).add(key)
         assert set(self.engine.finish_write(plan, np.array(ok, np.bool_), retry).tolist()) == forget
         for slot in forget:
             del self.records[slot]
@@ -440,7 +461,14 @@ class TiersMachine(RuleBasedStateMachine):
         waiting = self.engine.waiting_writes
         dropped = self.engine.drop_oldest_writes(blocks)
         assert dropped >= min(blocks, waiting)
+        self.owed |= self.must_wait
         self.must_wait.clear()
+
+    @rule()
+    def queue_owed_writes(self) -> None:
+        self.engine.queue_owed_writes(1 << 20)
+        self.must_wait |= self.owed
+        self.owed.clear()
 
     # ---- all -----------------------------------------------------------------------------------------------------------------
 
@@ -470,9 +498,12 @@ class TiersMachine(RuleBasedStateMachine):
     @rule()
     def reset(self) -> None:
         self.engine.reset()
+        assert not self.engine.take_events()
+        self.told = {tier: set() for tier in TIERS}
         self.tree.clear()
         self.records.clear()
         self.must_wait.clear()
+        self.owed.clear()
         self.steps = 0
 
     @precondition(lambda self: self.steps > 12)
@@ -503,9 +534,26 @@ class TiersMachine(RuleBasedStateMachine):
 
     # ---- always --------------------------------------------------------------------------------------------------------------
 
+    def follow_events(self) -> None:
+        for event in self.engine.take_events():
+            told, keys = self.told[event.tier], split_keys(event.keys)
+            assert len(set(keys)) == len(keys) > 0
+            if event.kind is EventKind.REMOVED:
+                assert told >= set(keys), "what was removed had not been there"
+                told -= set(keys)
+                continue
+            assert not told & set(keys), "what was stored was there already"
+            told |= set(keys)
+            for key, parent in zip(keys, [event.parent, *keys], strict=False):
+                assert self.parents.setdefault(key, parent) == parent
+        for tier in TIERS:
+            there = {k for k, block in self.tree.items() if tier in block.slots and block.putting is None}
+            assert self.told[tier] == there, tier
+
     @invariant()
     def equal(self) -> None:
         self.steps += 1
+        self.follow_events()
         self.engine.check_integrity()
         expected = {key: (block.slots, block.putting is not None) for key, block in self.tree.items()}
         assert self.actual() == expected

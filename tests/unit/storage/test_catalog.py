@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 
 from flexkv_core.errors import StorageError
 from flexkv_core.storage.base import BlockBatch
-from flexkv_core.storage.catalog import BATCH_BLOCKS_MAX, LOG_PAGES, Catalog, catalog_bytes, page_records
+from flexkv_core.storage.catalog import (
+    BATCH_BLOCKS_MAX,
+    LOG_BYTES,
+    LOG_PAGES,
+    Catalog,
+    catalog_bytes,
+    lacking_bytes,
+    page_records,
+)
+from flexkv_core.storage.log_space import INDEX_BYTES
 
 SHARDS = 2
 
@@ -154,6 +163,29 @@ def test_files_keep_their_bound(tmp_path: Path, shards: int) -> None:
     for _ in range(2 * LOG_PAGES // min(BATCH_BLOCKS_MAX, 1024)):
         slots = rng.choice(count, 1024, replace=False).astype(np.int32)
         catalog.put(batch_of(slots), np.ones((1024, shards), np.uint32))
-    size = sum(file.stat().st_size for file in tmp_path.iterdir())
+    found = [file.stat() for file in tmp_path.iterdir()]
+    size = sum({file.st_ino: file.st_size for file in found}.values())  # the log has two names
     assert size <= catalog_bytes(count, shards)
     catalog.close()
+
+
+def test_the_log_keeps_its_space_while_nobody_has_it_open(tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    expected = np.zeros((0, 1), np.uint32)
+    inode = 0
+    for round_ in range(3):
+        catalog = Catalog(path, 300, 1)
+        assert (catalog.table["checksums"][: len(expected)] == expected).all()
+        log = (tmp_path / "c-wal").stat()
+        assert (tmp_path / "c-reserve").stat().st_ino == log.st_ino
+        assert log.st_blocks * 512 >= LOG_BYTES
+        assert log.st_ino == (inode or log.st_ino), "the space was given away in between"
+        inode = log.st_ino
+        assert lacking_bytes(path, 300, 1) == 0
+        expected = np.full((200, 1), round_ + 7, np.uint32)
+        catalog.put(batch_of(np.arange(200, dtype=np.int32)), expected)
+        catalog.close()
+        assert not (tmp_path / "c-wal").exists()
+        assert (tmp_path / "c-spare").stat().st_blocks * 512 >= INDEX_BYTES
+        assert lacking_bytes(path, 300, 1) == 0
+    assert lacking_bytes(path, 30_000, 1) > 0
