@@ -16,7 +16,7 @@ THREADS = 128
 
 ACCESSES = {16: (1, 2, 4), 8: (1, 4), 4: (1, 8), 2: (8,), 1: (8,)}
 """How many accesses of each width one thread may have under way, by the piece's size. The largest stay within 40 registers on every
-target, so that 12 programs fit on an SM. The 8 KiB of the widest were chosen on an H100 with ``scripts/gpu_bench``."""
+target, so that 12 programs fit on an SM and have about 100 KiB under way. Not tuned on a GPU yet: ``scripts/gpu_bench`` measures it."""
 
 CHECKSUM_ACCESSES = {16: (1,), 8: (2,), 4: (4,)}
 """With the checksum fused each word also needs a 64-bit product."""
@@ -38,9 +38,8 @@ class Access:
 
     def __post_init__(self) -> None:
         assert self.vector_bytes in (16, 8, 4, 2, 1), self.vector_bytes
-        assert self.tile_bytes >= self.word_bytes and not self.tile_bytes & (self.tile_bytes - 1), (
-            self.tile_bytes
-        )
+        assert self.tile_bytes >= THREADS * self.vector_bytes, self.tile_bytes
+        assert not self.tile_bytes & (self.tile_bytes - 1), self.tile_bytes
         assert not self.checksum or self.word_bytes == 4, "the checksum is a sum over 32-bit words"
 
     @property
@@ -59,7 +58,8 @@ def choose_access(segments: DeviceSegments, image_alignment: int, checksum: bool
     alignment = int(np.gcd.reduce([alignment, segments.piece_bytes, image_alignment]))
     vector_bytes = min(VECTOR_BYTES_MAX, alignment & -alignment)
     tiles = [
-        THREADS * vector_bytes * count for count in (CHECKSUM_ACCESSES if checksum else ACCESSES)[vector_bytes]
+        THREADS * vector_bytes * count
+        for count in (CHECKSUM_ACCESSES if checksum else ACCESSES)[vector_bytes]
     ]
     return Access(
         vector_bytes, next((tile for tile in tiles if tile >= segments.piece_bytes), tiles[-1]), checksum

@@ -23,8 +23,18 @@ WORK_ITEMS_MAX = 1 << 31
 """Work is counted in 32 bits (a 64-bit division costs more than a tile of small pieces); longer calls are cut."""
 
 
-@triton.jit(do_not_specialize=["block_count", "segment_count", "piece_bytes"])
-def paged_copy_kernel(
+# Nothing is specialised on values or on the tables' alignment: a copy of an odd number of blocks must not compile anew while serving.
+@triton.jit(
+    do_not_specialize=["block_count", "segment_count", "piece_bytes"],
+    do_not_specialize_on_alignment=[
+        "segment_addresses",
+        "segment_strides",
+        "blocks",
+        "images",
+        "checksums",
+    ],
+)
+def paged_copy_kernel(  # type: ignore[no-untyped-def]
     segment_addresses,
     segment_strides,
     blocks,
@@ -38,21 +48,14 @@ def paged_copy_kernel(
     TILE_BYTES: tl.constexpr,
     CHECKSUM: tl.constexpr,
 ):
-    """Copies ``block_count`` blocks, grid-stride over (block, segment, tile); the grid's size is the number of SMs' programs to use.
+    """Copies ``block_count`` blocks, grid-stride over (block, segment, tile); the grid's size limits how many run.
 
     segment_addresses, segment_strides: int64 [segment_count]. blocks: int64 [block_count], negative: left out. images: int64
     [block_count], address of each block's image. checksums: int64 [block_count], zeroed before, with CHECKSUM. TO_IMAGES: gather,
     otherwise scatter. VECTOR_BYTES must divide every address, stride and piece_bytes.
     """
-    if VECTOR_BYTES == 1:
-        WORD: tl.constexpr = tl.uint8
-        WORD_BYTES: tl.constexpr = 1
-    elif VECTOR_BYTES == 2:
-        WORD: tl.constexpr = tl.int16
-        WORD_BYTES: tl.constexpr = 2
-    else:
-        WORD: tl.constexpr = tl.int32
-        WORD_BYTES: tl.constexpr = 4
+    WORD_BYTES: tl.constexpr = VECTOR_BYTES if VECTOR_BYTES < 4 else 4
+    WORD: tl.constexpr = tl.uint8 if WORD_BYTES == 1 else (tl.int16 if WORD_BYTES == 2 else tl.int32)
     WORDS: tl.constexpr = TILE_BYTES // WORD_BYTES
     # Counted in vectors first, so that the compiler knows the limit to be whole vectors and keeps masked accesses wide.
     piece_words = (piece_bytes // VECTOR_BYTES) * (VECTOR_BYTES // WORD_BYTES)
@@ -66,7 +69,9 @@ def paged_copy_kernel(
         block = tl.load(blocks + place)
         if block >= 0:
             within = tile.to(tl.int64) * TILE_BYTES
-            piece_at = tl.load(segment_addresses + segment) + block * tl.load(segment_strides + segment) + within
+            piece_at = (
+                tl.load(segment_addresses + segment) + block * tl.load(segment_strides + segment) + within
+            )
             image_at = tl.load(images + place) + segment.to(tl.int64) * piece_bytes + within
             # The hint must stand on the pointer: on the integer it is lost in the cast.
             piece = tl.multiple_of(piece_at.to(tl.pointer_type(WORD)), VECTOR_BYTES)
@@ -148,7 +153,8 @@ def _launch(
     *,
     to_images: bool,
 ) -> None:
-    assert len(blocks) == len(images) and access.checksum == (checksums is not None)
+    assert len(blocks) == len(images), (len(blocks), len(images))
+    assert access.checksum == (checksums is not None), "a checksum needs the variant that takes it"
     segment_count = len(table.addresses)
     items_per_block = segment_count * -(-table.piece_bytes // access.tile_bytes)
     step = max(1, (WORK_ITEMS_MAX - 1) // items_per_block)

@@ -70,7 +70,9 @@ def resources(target: str, kernel: CompiledKernel) -> Resources:
         spills = [int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", text)]
         return Resources(_number(r"\.vgpr_count:\s*(\d+)", text), sum(spills))
     text = _cuobjdump("--dump-resource-usage", kernel)
-    return Resources(_number(r"REG:(\d+)", text), _number(r"LOCAL:(\d+)", text) + _number(r"STACK:(\d+)", text))
+    return Resources(
+        _number(r"REG:(\d+)", text), _number(r"LOCAL:(\d+)", text) + _number(r"STACK:(\d+)", text)
+    )
 
 
 def machine_code(target: str, kernel: CompiledKernel) -> str:

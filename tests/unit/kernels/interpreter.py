@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import BinaryIO
 
-from tests.unit.kernels.round_trip import Case
+from flexkv_kernels.gpu_bench.round_trip import Case
 
 _ROOT = Path(__file__).parents[3]
 
@@ -33,8 +33,9 @@ class Interpreter:
         )
 
     def differences(self, case: Case) -> list[str]:
-        """What :func:`~tests.unit.kernels.round_trip.differences` says there."""
-        assert self._process.stdin is not None and self._process.stdout is not None
+        """What :func:`~flexkv_kernels.gpu_bench.round_trip.differences` says there."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         _send(self._process.stdin, case)
         answer = _receive(self._process.stdout)
         assert isinstance(answer, list), f"the interpreter failed: {answer}"
@@ -62,14 +63,14 @@ def _receive(stream: BinaryIO) -> object:
 def _serve() -> None:
     import traceback
 
-    from tests.unit.kernels.round_trip import differences
+    from flexkv_kernels.gpu_bench.round_trip import differences
 
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not come between the answers
     while isinstance(case := _receive(sys.stdin.buffer), Case):
         try:
             _send(output, differences(case))
-        except Exception:
+        except Exception:  # noqa: BLE001  the process's edge: the test shows it
             _send(output, traceback.format_exc())
 
 

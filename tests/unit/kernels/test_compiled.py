@@ -40,7 +40,9 @@ def _payload_patterns(target: str, width: int) -> list[str]:
 
 def _narrow_stores(target: str, code: str) -> list[str]:
     pattern = (
-        r"(?:global|buffer)_store_(?!dwordx4)\w+" if target == "gfx942" else r"STG\.E(?!\.128)[.\w]*|ST\.E[.\w]*"
+        r"(?:global|buffer)_store_(?!dwordx4)\w+"
+        if target == "gfx942"
+        else r"STG\.E(?!\.128)[.\w]*|ST\.E[.\w]*"
     )
     return re.findall(pattern, code)
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexkv_kernels.gpu_bench.geometry import DTYPES, LAYOUTS, Geometry
+from flexkv_kernels.gpu_bench.round_trip import Case
 from tests.unit.kernels.interpreter import Interpreter
-from tests.unit.kernels.layouts import DTYPES, LAYOUTS, Geometry
-from tests.unit.kernels.round_trip import Case
 
 BLOCK_SIZES = (1, 2, 16, 64, 256)
 

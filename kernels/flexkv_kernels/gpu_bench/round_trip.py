@@ -11,10 +11,10 @@ from flexkv_core.layout import DeviceSegments
 from flexkv_kernels import paged_copy
 from flexkv_kernels.access import choose_access
 from flexkv_kernels.checksum import weighted_sums
+from flexkv_kernels.gpu_bench.geometry import Geometry
 from flexkv_kernels.paged_copy import SegmentTable
 from flexkv_kernels.reference import gather_reference, scatter_reference
 from flexkv_kernels.segments import pieces_of
-from tests.unit.kernels.layouts import Geometry
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,113 @@
+"""``scripts/gpu_bench [--json FILE] [--quick] [--checks-only]``; ends with 0, 1 (a check failed), 2 (usage) or 3 (no NVIDIA GPU)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+import triton
+
+NO_GPU = 3
+_COLUMNS = ("4k", "16k", "64k", "256k", "1m")
+
+
+def main() -> int:
+    """Run the checks, then the measurements, and print one table."""
+    parser = argparse.ArgumentParser(prog="scripts/gpu_bench", description=__doc__)
+    parser.add_argument("--json", type=Path, help="write the figures as one flat JSON object")
+    parser.add_argument("--quick", action="store_true", help="less data and fewer rounds")
+    parser.add_argument("--checks-only", action="store_true", help="no measurements")
+    parser.add_argument("--no-races", action="store_true", help="do not leave out ordering events")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available() or torch.version.hip:
+        print(
+            f"gpu_bench: no NVIDIA GPU here (torch {torch.__version__}, triton {triton.__version__}); nothing was measured",
+            file=sys.stderr,
+        )
+        return NO_GPU
+    figures: dict[str, float | str] = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
+    wrong = _check(figures, arguments.no_races)
+    if not wrong and not arguments.checks_only:
+        _measure(figures, arguments.quick)
+        _print_table(figures)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return 1 if wrong else 0
+
+
+def _check(figures: dict[str, float | str], no_races: bool) -> list[str]:
+    from flexkv_kernels.gpu_bench.checks import check_kernels
+    from flexkv_kernels.gpu_bench.copier_check import check_copier, unnoticed_removals
+
+    start = time.monotonic()
+    count, wrong = check_kernels()
+    wrong += check_copier()
+    figures["checks"], figures["checks_wrong"] = count, len(wrong)
+    print(
+        f"{count} copies by kernels and the copier's round trips: {len(wrong)} wrong ({time.monotonic() - start:.0f} s)"
+    )
+    for text in wrong[:20]:
+        print(f"  {text}")
+    if not no_races:
+        for order, noticed in unnoticed_removals().items():
+            figures[f"removal_noticed_{order.lower()}"] = noticed
+            print(f"  without {order}: {'noticed' if noticed else 'not noticed'}")
+    return wrong
+
+
+def _measure(figures: dict[str, float | str], quick: bool) -> None:
+    from flexkv_kernels.gpu_bench import measure
+
+    rounds, size_bytes = (3, 128 << 20) if quick else (9, 256 << 20)
+    steps = {
+        "device": lambda: measure.device_figures(rounds, 4 * size_bytes),
+        "bus": lambda: measure.bus_figures(rounds, size_bytes, busy=False),
+        "bus beside a matrix product": lambda: measure.bus_figures(rounds, size_bytes, busy=True),
+        "matrix product beside the bus": lambda: measure.matmul_figures(size_bytes),
+    }
+    for name, step in steps.items():
+        start = time.monotonic()
+        figures.update(step())
+        print(f"{name}: {time.monotonic() - start:.0f} s")
+
+
+def _print_table(figures: dict[str, float | str]) -> None:
+    """A row a copy, a column a piece size: ratio to the plain copy and GB/s. Plainly, since rich may not be there."""
+    print(f"\n{figures['gpu']}, torch {figures['torch']}, triton {figures['triton']}")
+    print(f"{'pieces':<26}" + "".join(f"{column:>16}" for column in _COLUMNS))
+    names = ["device_copy", "device_gather", "device_scatter"]
+    for busy in ("", "_busy"):
+        for way in ("d2h", "h2d"):
+            names += [f"{way}_{kind}{busy}" for kind in ("link", "dma", "staged", "direct", "best")]
+    for name in names:
+        base, _, busy = name.partition("_busy")
+        busy = "_busy" if name.endswith("_busy") else ""
+        cells = []
+        for column in _COLUMNS:
+            ratio, speed = (
+                figures.get(f"{base}_{column}{busy}_ratio"),
+                figures.get(f"{base}_{column}{busy}_gbs"),
+            )
+            cells.append(" ".join(_number(value) for value in (ratio, speed)))
+        print(f"{name:<26}" + "".join(f"{cell:>16}" for cell in cells))
+    for name, value in figures.items():
+        if name.startswith("matmul_"):
+            print(f"{name:<50}{_number(value)}")
+
+
+def _number(value: float | str | None) -> str:
+    if not isinstance(value, float):
+        return "-"
+    return f"{value:.2f}" if value < 10 else f"{value:.0f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
