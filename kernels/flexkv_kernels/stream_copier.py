@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +22,9 @@ from flexkv_core.transfer.plan import TransferOp
 from flexkv_core.types import Direction
 from flexkv_kernels.calibration import ModeTable
 from flexkv_kernels.paths import Chunk, Paths, StagingBuffer, StagingRing
-from flexkv_kernels.streams import Order, Streams
+from flexkv_kernels.streams import Order, Stream, Streams
+
+logger = logging.getLogger(__name__)
 
 PROGRAMS_DEFAULT = 64
 """Programs of a kernel, which the hardware spreads over the SMs. By calculation, not measured: 64 programs have 8 KiB under way each, and
@@ -87,16 +91,21 @@ class StreamCopier:
         self._refuse_if_broken()
         mode = self._modes.choose(Direction.STORE, self._op_bytes(op))
         under_way: deque[tuple[TransferOp, object]] = deque()
-        for part in self._chunks(op):
-            under_way.append((part, self._paths.store(mode, self._chunk(part), after)))
-            if len(under_way) >= CHUNKS_UNDER_WAY:
+        with self._settled():
+            for part in self._chunks(op):
+                under_way.append((part, self._paths.store(mode, self._chunk(part), after)))
+                if len(under_way) >= CHUNKS_UNDER_WAY:
+                    self._finish_store(*under_way.popleft())
+            while under_way:
                 self._finish_store(*under_way.popleft())
-        while under_way:
-            self._finish_store(*under_way.popleft())
 
     def scatter(self, op: TransferOp, after: object, verify: bool) -> npt.NDArray[np.bool_]:
         """Slots -> blocks, each slot checked in host memory before it is sent; see the protocol."""
         self._refuse_if_broken()
+        with self._settled():
+            return self._scatter(op, after, verify)
+
+    def _scatter(self, op: TransferOp, after: object, verify: bool) -> npt.NDArray[np.bool_]:
         mode = self._modes.choose(Direction.LOAD, self._op_bytes(op))
         ok, done, start = np.ones(len(op.slots), np.bool_), None, 0
         for part in self._chunks(op):
@@ -144,6 +153,18 @@ class StreamCopier:
             self._host.address, layout.slot_bytes, offset, layout.shard_bytes, op.slots, op.keys, found
         )
         return found
+
+    @contextmanager
+    def _settled(self) -> Iterator[None]:
+        """When the work inside fails, wait for what it had queued: its slots and blocks will be used for other things."""
+        try:
+            yield
+        except Exception:
+            if not self._broken:
+                logger.warning("a transfer failed; waiting for what it had queued")
+                for stream in Stream:
+                    self._finish(self._streams.record(stream), Order.STORED)
+            raise
 
     def _finish(self, event: object, order: Order) -> None:
         try:

@@ -45,6 +45,12 @@ class Adversary:
         self._weights = dict(zip(self._queues, self._rng.random(len(self._queues)) ** 6 + 1e-6, strict=True))
         self.asked: Counter[Order] = Counter()
         self.hung = False
+        self.calls_left = 1 << 30  # then a call fails, as when memory runs short
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is queued on the copier's own streams."""
+        return not any(self._queues[stream] for stream in Stream)
 
     def engine(self, work: Callable[[], None]) -> None:
         """The engine submits ``work`` to its own stream."""
@@ -73,7 +79,7 @@ class Adversary:
         if order in self._removed:
             return
         while not event.done:
-            if self.hung or not self._step():
+            if not self._step():
                 raise TransferError(f"the device did not finish within {timeout_s:g} s: {order.value}")
 
     def gather(self, stream: Stream, blocks: Addresses, images: Addresses) -> None:
@@ -103,6 +109,9 @@ class Adversary:
         return pieces.ravel(), places.ravel(), np.full(pieces.size, segments.piece_bytes)
 
     def _queue_copies(self, stream: Stream, sources: Addresses, targets: Addresses, sizes: Addresses) -> None:
+        self.calls_left -= 1
+        if self.calls_left < 0:
+            raise TransferError("injected")
         for index in self._rng.permutation(len(sizes)).tolist():
             arguments = int(targets[index]), int(sources[index]), int(sizes[index])
             self._queues[stream].append(lambda arguments=arguments: ctypes.memmove(*arguments))
@@ -116,6 +125,8 @@ class Adversary:
 
     def _step(self) -> bool:
         """Run the first work of one stream that may run; False when none may."""
+        if self.hung:
+            return False
         names = [name for name, queue in self._queues.items() if self._may_run(queue)]
         if not names:
             return False
