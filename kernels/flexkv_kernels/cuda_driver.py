@@ -36,7 +36,7 @@ class _BatchAttributes(ctypes.Structure):
 
 
 class CudaDriver:
-    """The driver library of this process.
+    """The driver library of this process, or another of the same functions.
 
     Attributes:
         batches: whether it copies in batches (CUDA 12.8 and newer); otherwise each copy is a call of its own.
@@ -45,9 +45,9 @@ class CudaDriver:
         TransferError: there is no driver.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, library: str = "libcuda.so.1") -> None:
         try:
-            self._library = ctypes.CDLL("libcuda.so.1")
+            self._library = ctypes.CDLL(library)
         except OSError as error:
             raise TransferError(f"CUDA's driver library cannot be loaded: {error}") from error
         # The second version dropped the argument that names the failed copy.

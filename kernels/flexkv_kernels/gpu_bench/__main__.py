@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 import triton
 
+from flexkv_kernels.gpu_bench.report import Figures, table_lines
+
 NO_GPU = 3
-_COLUMNS = ("4k", "16k", "64k", "256k", "1m")
 
 
 def main() -> int:
@@ -29,7 +30,7 @@ def main() -> int:
             file=sys.stderr,
         )
         return NO_GPU
-    figures: dict[str, float | str] = {
+    figures: Figures = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
@@ -37,13 +38,13 @@ def main() -> int:
     wrong = _check(figures, arguments.no_races)
     if not wrong and not arguments.checks_only:
         _measure(figures, arguments.quick)
-        _print_table(figures)
+        print("\n".join(table_lines(figures)))
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     return 1 if wrong else 0
 
 
-def _check(figures: dict[str, float | str], no_races: bool) -> list[str]:
+def _check(figures: Figures, no_races: bool) -> list[str]:
     from flexkv_kernels.gpu_bench.checks import check_kernels
     from flexkv_kernels.gpu_bench.copier_check import check_copier, unnoticed_removals
 
@@ -63,7 +64,7 @@ def _check(figures: dict[str, float | str], no_races: bool) -> list[str]:
     return wrong
 
 
-def _measure(figures: dict[str, float | str], quick: bool) -> None:
+def _measure(figures: Figures, quick: bool) -> None:
     from flexkv_kernels.gpu_bench import measure
 
     rounds, size_bytes = (3, 128 << 20) if quick else (9, 256 << 20)
@@ -77,36 +78,6 @@ def _measure(figures: dict[str, float | str], quick: bool) -> None:
         start = time.monotonic()
         figures.update(step())
         print(f"{name}: {time.monotonic() - start:.0f} s")
-
-
-def _print_table(figures: dict[str, float | str]) -> None:
-    """A row a copy, a column a piece size: ratio to the plain copy and GB/s. Plainly, since rich may not be there."""
-    print(f"\n{figures['gpu']}, torch {figures['torch']}, triton {figures['triton']}")
-    print(f"{'pieces':<26}" + "".join(f"{column:>16}" for column in _COLUMNS))
-    names = ["device_copy", "device_gather", "device_scatter"]
-    for busy in ("", "_busy"):
-        for way in ("d2h", "h2d"):
-            names += [f"{way}_{kind}{busy}" for kind in ("link", "dma", "staged", "direct", "best")]
-    for name in names:
-        base, _, busy = name.partition("_busy")
-        busy = "_busy" if name.endswith("_busy") else ""
-        cells = []
-        for column in _COLUMNS:
-            ratio, speed = (
-                figures.get(f"{base}_{column}{busy}_ratio"),
-                figures.get(f"{base}_{column}{busy}_gbs"),
-            )
-            cells.append(" ".join(_number(value) for value in (ratio, speed)))
-        print(f"{name:<26}" + "".join(f"{cell:>16}" for cell in cells))
-    for name, value in figures.items():
-        if name.startswith("matmul_"):
-            print(f"{name:<50}{_number(value)}")
-
-
-def _number(value: float | str | None) -> str:
-    if not isinstance(value, float):
-        return "-"
-    return f"{value:.2f}" if value < 10 else f"{value:.0f}"
 
 
 if __name__ == "__main__":
