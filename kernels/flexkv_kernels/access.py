@@ -14,7 +14,7 @@ VECTOR_BYTES_MAX = 16
 THREADS = 128
 """Of a program on every target: 4 warps of 32 lanes, or 2 of AMD's 64."""
 
-ACCESSES = {16: (1, 2, 4), 8: (1, 4), 4: (1, 8), 2: (8,), 1: (8,)}
+ACCESSES = {16: (1, 2, 4), 8: (1, 4), 4: (1, 4), 2: (4,), 1: (8,)}
 """How many accesses of each width one thread may have under way, by the piece's size. The largest stay within 40 registers on every
 target, so that 12 programs fit on an SM and have about 100 KiB under way. Not tuned on a GPU yet: ``scripts/gpu_bench`` measures it."""
 

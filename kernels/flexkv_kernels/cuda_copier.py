@@ -68,28 +68,46 @@ class CudaCopier(StreamCopier):
         return cls(segments, tensors[0].device, settings, keep_alive=list(tensors))
 
     def bind(self, host: HostSegment, shard: int) -> None:
-        """Pin the slots, take staging memory, measure the modes; see the protocol. Takes seconds, and both steps are bounded."""
+        """Pin the slots, take staging memory (48 MiB, or six times a slot's shard), measure the modes; see the protocol.
+
+        Takes seconds; pinning and measuring are bounded. Slots that could not be pinned in whole are copied through staging memory.
+        """
         check_block_bytes(self.segments, host)
         layout, settings = host.layout, self._settings
-        size_bytes = host.slot_count * layout.slot_bytes
-        driver = self._cuda.driver
         with torch.cuda.device(self._device):
             self._pinned = pin(
-                host.address, size_bytes, layout.slot_bytes, driver.register, settings.pin_budget_s
+                host.address,
+                host.slot_count * layout.slot_bytes,
+                layout.slot_bytes,
+                self._cuda.driver.register,
+                settings.pin_budget_s,
             )
             buffer_bytes = max(settings.chunk_bytes, layout.shard_bytes)
             self._staging = torch.empty(2 * BUFFERS * buffer_bytes, dtype=torch.uint8, device=self._device)
-            rings = staging_rings(self._staging.data_ptr(), buffer_bytes, BUFFERS)
-            paths = Paths(self._streams, self.segments, *rings, host.address, self._pinned.piece_bytes)
-            modes = ModeTable({direction: [(0, Mode.STAGED)] for direction in Direction})
-            if not self._pinned.whole:
-                driver.batches = False  # batches want memory that the driver knows
-            else:
-                modes = calibrate_gpu(
-                    self.segments, self._device, settings.programs, settings.calibration_budget_s
-                )
+            # The allocator may give what work of the engine's stream still uses: it orders by that stream, ours are others.
+            torch.cuda.synchronize(self._device)
+            modes = self._measure_modes(self._pinned)
+        rings = staging_rings(self._staging.data_ptr(), buffer_bytes, BUFFERS)
+        paths = Paths(self._streams, self.segments, *rings, host.address, self._pinned.piece_bytes)
         logger.info("device copies: %s", modes)
         self.use(host, shard, paths, modes)
+
+    def _measure_modes(self, pinned: PinnedRange) -> ModeTable:
+        driver, settings = self._cuda.driver, self._settings
+        if not pinned.whole:
+            driver.batches = False  # batches want memory that the driver knows
+            return ModeTable({direction: [(0, Mode.STAGED)] for direction in Direction})
+        modes = tuple(
+            mode for mode in Mode if mode is not Mode.DIRECT or driver.kernels_reach(pinned.address)
+        )
+        try:
+            return calibrate_gpu(
+                self.segments, self._device, settings.programs, modes, settings.calibration_budget_s
+            )
+        except RuntimeError as error:
+            # A TransferError, or torch's own: no memory for the scratch buffers is no reason to serve without a cache.
+            logger.warning("device copies: not calibrated: %s", error)
+            return ModeTable({})
 
     def close(self) -> None:
         """Unpin the slots; the host segment may be unmapped then. No copy may be running."""

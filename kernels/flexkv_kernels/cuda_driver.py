@@ -80,6 +80,13 @@ class CudaDriver:
         )
         self._check(status, "cuMemHostRegister")
 
+    def kernels_reach(self, address: int) -> bool:
+        """Whether a kernel reaches pinned host memory by the host's own address, as it does on all but a few platforms."""
+        found = ctypes.c_uint64(0)
+        status = self._library.cuMemHostGetDevicePointer_v2(ctypes.byref(found), ctypes.c_void_p(address), 0)
+        self._check(status, "cuMemHostGetDevicePointer")
+        return found.value == address
+
     def unregister(self, address: int) -> None:
         """Undo :meth:`register`."""
         self._check(self._library.cuMemHostUnregister(ctypes.c_void_p(address)), "cuMemHostUnregister")

@@ -76,8 +76,10 @@ class CudaStreams:
                     raise TransferError(f"the device did not finish within {timeout_s:g} s: {order.value}")
                 if waited > _SPIN_S:
                     time.sleep(_SLEEP_S)
-        except RuntimeError as error:
-            raise _as_transfer_error(error) from error
+        except TransferError:
+            raise
+        except RuntimeError as error:  # what the device did wrong earlier shows here
+            raise TransferError(f"CUDA: {error}") from error
 
     def gather(self, stream: Stream, blocks: Addresses, images: Addresses) -> None:
         """See the protocol."""
@@ -100,13 +102,9 @@ class CudaStreams:
                 table = table.to(self._device, non_blocking=True)
                 kernel(self._table, table[0], table[1], self._access, self._programs)
         except RuntimeError as error:
-            raise _as_transfer_error(error) from error
+            raise TransferError(f"CUDA: {error}") from error
 
 
 def _cuda_event(event: object) -> torch.cuda.Event:
     assert isinstance(event, torch.cuda.Event)
     return event
-
-
-def _as_transfer_error(error: RuntimeError) -> TransferError:
-    return error if isinstance(error, TransferError) else TransferError(f"CUDA: {error}")

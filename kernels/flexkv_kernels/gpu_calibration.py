@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,9 +21,9 @@ _TIMEOUT_S = 10.0
 
 
 def calibrate_gpu(
-    segments: DeviceSegments, device: torch.device, programs: int, budget_s: float
+    segments: DeviceSegments, device: torch.device, programs: int, modes: Sequence[Mode], budget_s: float
 ) -> ModeTable:
-    """Measure the modes on as many pieces, as long as the engine's. Takes scratch memory of the largest size, on the device twice.
+    """Measure ``modes`` on as many pieces, as long as the engine's. Takes scratch memory of the largest size, on the device twice.
 
     Raises:
         TransferError: the GPU failed.
@@ -34,7 +35,7 @@ def calibrate_gpu(
         scratch.run(direction, mode, size_bytes, np.random.default_rng(0))
         return time.perf_counter() - start
 
-    return calibrate(measure, budget_s=budget_s)
+    return calibrate(measure, modes, budget_s=budget_s)
 
 
 @dataclass
@@ -42,8 +43,7 @@ class Scratch:
     """A paged cache of ``segment_count`` pieces a block, pinned host memory for its images, and the paths between.
 
     Attributes:
-        capacity_bytes: of the cache and of the host memory, at least one block.
-        segment_bytes: of the cache, rounded up to whole blocks.
+        capacity_bytes: of the cache and of the host memory; whole blocks of it are taken, at least one.
     """
 
     piece_bytes: int
@@ -71,6 +71,8 @@ class Scratch:
         size = max(CHUNK_BYTES, block_bytes)
         self.staging = torch.empty(BUFFERS * size, dtype=torch.uint8, device=self.device)
         places = [StagingBuffer(self.staging.data_ptr() + index * size, size) for index in range(BUFFERS)]
+        # The allocator may give what the current stream's work still uses; ours are other streams.
+        torch.cuda.synchronize(self.device)
         self.paths = Paths(self.streams, self.segments, StagingRing(places), StagingRing(places))
         self.chunk_blocks = max(1, size // block_bytes)
 

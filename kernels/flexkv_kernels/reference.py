@@ -9,8 +9,11 @@ import torch
 
 def gather_reference(tensors: Sequence[torch.Tensor], block_dim: int, blocks: torch.Tensor) -> torch.Tensor:
     """The images of ``blocks``, uint8 [n, bytes of a block in all tensors]: tensor after tensor, each in the order of its memory."""
-    images = [_bytes_of(_in_memory_order(tensor, block_dim)[blocks.to(tensor.device)]) for tensor in tensors]
-    return torch.cat(images, dim=1)
+    parts = []
+    for tensor in tensors:
+        part = _in_memory_order(tensor, block_dim)[blocks.to(tensor.device)].contiguous()
+        parts.append(part.view(torch.uint8).view(len(blocks), -1))
+    return torch.cat(parts, dim=1)
 
 
 def scatter_reference(
@@ -22,18 +25,13 @@ def scatter_reference(
         view = _in_memory_order(tensor, block_dim)
         size = view[0].numel() * tensor.element_size()
         part = images[:, start : start + size].contiguous()
-        # Through whole-byte integers: torch cannot index-assign every 8-bit float on every device.
-        whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()]
-        view.view(whole)[blocks.to(tensor.device)] = part.view(whole).view(len(blocks), *view.shape[1:])
+        view[blocks.to(tensor.device)] = part.view(view.dtype).view(len(blocks), *view.shape[1:])
         start += size
 
 
 def _in_memory_order(tensor: torch.Tensor, block_dim: int) -> torch.Tensor:
-    """A view with the blocks first and the other dimensions by falling stride."""
+    """A view with the blocks first and the other dimensions by falling stride, as integers: not every device indexes 8-bit floats."""
     inner = [dim for dim in range(tensor.dim()) if dim != block_dim]
     inner.sort(key=lambda dim: (tensor.stride(dim), tensor.shape[dim]), reverse=True)
-    return tensor.permute(block_dim, *inner)
-
-
-def _bytes_of(blocks: torch.Tensor) -> torch.Tensor:
-    return blocks.contiguous().view(torch.uint8).view(len(blocks), -1)
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.permute(block_dim, *inner).view(whole)

@@ -63,6 +63,11 @@ class _Rig:
     host: HostSegment
     rng: np.random.Generator
 
+    def __post_init__(self) -> None:
+        self.aside = torch.cuda.Stream()
+        self.matrix = torch.randn(4096, 4096, dtype=torch.bfloat16, device="cuda")
+        self.product = torch.empty_like(self.matrix)
+
     def leave_out(self, removed: Order) -> None:
         """Make the streams forget one kind of wait."""
         streams = self.copier._cuda
@@ -87,29 +92,31 @@ class _Rig:
         wanted = [_random_like(tensor[: BLOCKS // 2]) for tensor in self.tensors]
         slots = self.rng.permutation(self.host.slot_count)[: BLOCKS // 2].astype(np.int32)
         keys = self.rng.bytes(16 * len(slots))
-        torch.cuda.synchronize()
-        found = []
-        _compute()  # the engine's stream is busy: what follows on it comes late
-        for tensor, fresh in zip(self.tensors, wanted, strict=True):
-            tensor[torch.from_numpy(sources).cuda()] = fresh
-        self.copier.gather(TransferOp(1, Direction.STORE, keys, slots, sources), self.copier.mark())
-        for tensor in self.tensors:  # the engine takes its blocks back
-            tensor[torch.from_numpy(sources).cuda()] = 0
+        # Indices go to the device now: such an upload waits for the stream, and would undo the races that are looked for.
+        mine, others = torch.from_numpy(sources).cuda(), torch.from_numpy(targets).cuda()
         readers = [torch.empty_like(fresh) for fresh in wanted]
-        old = [tensor[torch.from_numpy(targets).cuda()].clone() for tensor in self.tensors]
+        old = [tensor[others].clone() for tensor in self.tensors]
+        store = TransferOp(1, Direction.STORE, keys, slots, sources)
+        load = TransferOp(2, Direction.LOAD, keys, slots, targets)
         torch.cuda.synchronize()
-        _compute()
+
+        self._compute()  # the engine's stream is busy: what follows on it comes late
+        for tensor, fresh in zip(self.tensors, wanted, strict=True):
+            tensor[mine] = fresh
+        self.copier.gather(store, self.copier.mark())
+        for tensor in self.tensors:  # reported: the engine takes its blocks back
+            tensor[mine] = 0
+
+        self._compute()
         for tensor, reader in zip(
             self.tensors, readers, strict=True
         ):  # the engine still reads the old blocks
-            reader.copy_(tensor[torch.from_numpy(targets).cuda()])
-        ok = self.copier.scatter(
-            TransferOp(2, Direction.LOAD, keys, slots, targets), self.copier.mark(), verify=False
-        )
-        aside = torch.cuda.Stream()
-        with torch.cuda.stream(aside):  # the engine reads at once, behind nothing but the report
-            loaded = [tensor[torch.from_numpy(targets).cuda()].clone() for tensor in self.tensors]
+            reader.copy_(tensor[others])
+        ok = self.copier.scatter(load, self.copier.mark(), verify=False)
+        with torch.cuda.stream(self.aside):  # reported: the engine reads at once
+            loaded = [tensor[others].clone() for tensor in self.tensors]
         torch.cuda.synchronize()
+        found = []
         if not ok.all():
             found.append("blocks refused")
         if not all(torch.equal(a, b) for a, b in zip(loaded, wanted, strict=True)):
@@ -117,6 +124,10 @@ class _Rig:
         if not all(torch.equal(a, b) for a, b in zip(readers, old, strict=True)):
             found.append("blocks overwritten while the engine read them")
         return found
+
+    def _compute(self, products: int = 8) -> None:
+        for _ in range(products):
+            torch.matmul(self.matrix, self.matrix, out=self.product)
 
 
 @contextmanager
@@ -141,9 +152,3 @@ def _rig() -> Iterator[_Rig]:
 
 def _random_like(tensor: torch.Tensor) -> torch.Tensor:
     return torch.randint_like(tensor, -(1 << 15), (1 << 15) - 1)
-
-
-def _compute(products: int = 8) -> None:
-    matrix = torch.randn(4096, 4096, dtype=torch.bfloat16, device="cuda")
-    for _ in range(products):
-        matrix = matrix @ matrix

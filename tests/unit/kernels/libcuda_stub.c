@@ -67,6 +67,13 @@ CUresult cuMemHostUnregister(void *address) {
     return address ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 
+/* Memory below 1 MiB is mapped elsewhere. */
+CUresult cuMemHostGetDevicePointer_v2(CUdeviceptr *device, void *address, unsigned int flags) {
+    if (flags != 0) return CUDA_ERROR_INVALID_VALUE;
+    *device = (CUdeviceptr)address + ((uintptr_t)address < (1 << 20) ? 4096 : 0);
+    return CUDA_SUCCESS;
+}
+
 CUresult cuGetErrorString(CUresult error, const char **text) {
     *text = error == CUDA_ERROR_OUT_OF_MEMORY ? "out of memory" : "invalid argument";
     return CUDA_SUCCESS;

@@ -68,6 +68,12 @@ def test_errors_carry_the_drivers_words(tmp_path: Path) -> None:
         driver.copy(one.repeat(2), one.repeat(2), one.repeat(2), STREAM + 1)
 
 
+def test_memory_that_is_mapped_elsewhere_is_noticed(tmp_path: Path) -> None:
+    driver = driver_of(2, tmp_path)
+    assert driver.kernels_reach(0x7F12_3456_7000)
+    assert not driver.kernels_reach(4096)
+
+
 def test_no_driver_is_a_clear_error() -> None:
     with pytest.raises(TransferError, match=r"cannot be loaded: libcuda-is-not-here\.so"):
         CudaDriver("libcuda-is-not-here.so")

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from flexkv_core import native
 from flexkv_core.errors import LayoutError
+from flexkv_kernels import CpuCopier, copier_for
 from flexkv_kernels.access import Access, all_accesses, choose_access
+from flexkv_kernels.gpu_bench.geometry import DTYPES, LAYOUTS, Geometry
+from flexkv_kernels.reference import gather_reference, scatter_reference
 from flexkv_kernels.segments import pieces_of
 
 
@@ -49,6 +56,56 @@ def test_tensors_with_other_pieces_share_the_shortest() -> None:
 def test_what_cannot_be_cut_is_refused(tensors: list[torch.Tensor], message: str) -> None:
     with pytest.raises(LayoutError, match=message):
         pieces_of(tensors)
+
+
+@given(
+    geometry=st.builds(
+        Geometry,
+        layout=st.sampled_from(LAYOUTS),
+        dtype=st.sampled_from(sorted(DTYPES)),
+        blocks=st.integers(1, 9),
+        tokens=st.integers(1, 40),
+        layers=st.integers(1, 3),
+        heads=st.integers(1, 4),
+        dim=st.integers(1, 33),
+    ),
+    seed=st.integers(0, 2**20),
+)
+def test_the_cpus_copies_agree_with_the_reference(geometry: Geometry, seed: int) -> None:
+    """Every layout, both ways, by the C functions (or their twin) that the CPU's copier uses."""
+    tensors, dim = geometry.tensors(seed), geometry.block_dim
+    segments = pieces_of(tensors, dim)
+    order = np.random.default_rng(seed).permutation(geometry.blocks)
+    images = np.zeros((geometry.blocks, segments.block_bytes), np.uint8)
+    places = np.arange(geometry.blocks, dtype=np.int32)
+    arguments = {
+        "segment_addrs": segments.addresses,
+        "block_strides": segments.strides,
+        "piece_bytes": segments.piece_bytes,
+        "blocks": order,
+        "block_count": geometry.blocks,
+        "slot_base": images.ctypes.data,
+        "slot_stride": segments.block_bytes,
+        "slots": places,
+        "slot_count": geometry.blocks,
+    }
+    native.gather(**arguments)
+    assert torch.equal(torch.from_numpy(images), gather_reference(tensors, dim, torch.from_numpy(order)))
+    images[:] = np.random.default_rng(seed + 1).integers(0, 256, images.shape)
+    wanted = geometry.tensors(seed)
+    scatter_reference(wanted, dim, torch.from_numpy(order), torch.from_numpy(images))
+    native.scatter(**arguments)
+    blocks = torch.arange(geometry.blocks)
+    assert torch.equal(gather_reference(tensors, dim, blocks), gather_reference(wanted, dim, blocks))
+
+
+def test_the_device_chooses_the_copier() -> None:
+    tensors = [torch.zeros(2, 5, 4)]
+    copier = copier_for(tensors, block_dim=1)
+    assert isinstance(copier, CpuCopier)
+    assert (copier.segments.block_count, len(copier.segments.addresses)) == (5, 2)
+    with pytest.raises(LayoutError, match="found device meta; expected cpu, or cuda"):
+        copier_for([torch.zeros(5, 4, device="meta")])
 
 
 @pytest.mark.parametrize("width", [16, 8, 4, 2, 1])
