@@ -24,7 +24,7 @@ _PORTABLE_AND_MAPPED = 0x1 | 0x2  # CU_MEMHOSTREGISTER_PORTABLE, CU_MEMHOSTREGIS
 _STREAM_ORDER = 1  # CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
 
 
-class _BatchAttributes(ctypes.Structure):
+class BatchAttributes(ctypes.Structure):
     """CUmemcpyAttributes. The location hints are for managed memory only and stay 0."""
 
     _fields_ = (
@@ -96,7 +96,7 @@ class CudaDriver:
             np.ascontiguousarray(array, np.uint64).ctypes.data_as(ctypes.c_void_p)
             for array in (targets, sources, sizes)
         ]
-        attributes = _BatchAttributes(source_access_order=_STREAM_ORDER)
+        attributes = BatchAttributes(source_access_order=_STREAM_ORDER)
         first = ctypes.c_size_t(0)
         shared = (
             ctypes.c_size_t(len(sizes)),

@@ -24,6 +24,7 @@ typedef struct {
 #define EXPECTED_STREAM ((CUstream)(uintptr_t)0x123456789abcull)
 
 int single_copies, batches;
+size_t attributes_bytes = sizeof(CUmemcpyAttributes);
 
 CUresult cuMemcpyAsync(CUdeviceptr dst, CUdeviceptr src, size_t bytes, CUstream stream) {
     if (stream != EXPECTED_STREAM) return CUDA_ERROR_INVALID_VALUE;
