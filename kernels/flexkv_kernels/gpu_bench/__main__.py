@@ -46,7 +46,7 @@ def main() -> int:
 
 def _check(figures: Figures, no_races: bool) -> list[str]:
     from flexkv_kernels.gpu_bench.checks import check_kernels
-    from flexkv_kernels.gpu_bench.copier_check import check_copier, unnoticed_removals
+    from flexkv_kernels.gpu_bench.copier_check import check_copier, removals_noticed
 
     start = time.monotonic()
     count, wrong = check_kernels()
@@ -58,7 +58,7 @@ def _check(figures: Figures, no_races: bool) -> list[str]:
     for text in wrong[:20]:
         print(f"  {text}")
     if not no_races:
-        for order, noticed in unnoticed_removals().items():
+        for order, noticed in removals_noticed().items():
             figures[f"removal_noticed_{order.lower()}"] = noticed
             print(f"  without {order}: {'noticed' if noticed else 'not noticed'}")
     return wrong

@@ -37,7 +37,7 @@ def check_copier() -> list[str]:
         ]
 
 
-def unnoticed_removals() -> dict[str, bool]:
+def removals_noticed() -> dict[str, bool]:
     """By order and mode: whether leaving that event out changed a byte in any round. A race that never shows is no proof of safety."""
     noticed = {}
     for order, mode in (
