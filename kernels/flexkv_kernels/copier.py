@@ -1,7 +1,7 @@
 """Device copiers: how blocks move between a device and the slots of the host segment.
 
-The CPU's is here. The CUDA copier (own streams, events, pinned slots) implements the same protocol,
-:class:`flexkv_core.transfer.plan.DeviceCopier`.
+The CPU's is here. The CUDA copier (own streams, events, pinned slots) in ``cuda_copier.py`` implements the same protocol,
+:class:`flexkv_core.transfer.plan.DeviceCopier`; ``choice.py`` chooses.
 """
 
 from __future__ import annotations

@@ -1,0 +1,31 @@
+"""Which copier a device needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from flexkv_core.errors import LayoutError
+from flexkv_core.transfer.plan import DeviceCopier
+from flexkv_kernels.copier import CpuCopier
+from flexkv_kernels.segments import pieces_of
+
+
+def copier_for(tensors: Sequence[torch.Tensor], block_dim: int = 0) -> DeviceCopier:
+    """The copier of the device that ``tensors`` lie on, for any layout that :func:`~flexkv_kernels.segments.pieces_of` understands.
+
+    Raises:
+        LayoutError: what was found and what was expected; or a device without a copier.
+        TransferError: the tensors are on a GPU whose driver cannot be used.
+    """
+    segments = pieces_of(tensors, block_dim)
+    device = tensors[0].device
+    if device.type == "cpu":
+        return CpuCopier(segments, keep_alive=list(tensors))
+    if device.type == "cuda" and not torch.version.hip:
+        # Here and not above: on a CPU there need be no Triton.
+        from flexkv_kernels.cuda_copier import CudaCopier
+
+        return CudaCopier(segments, device, keep_alive=list(tensors))
+    raise LayoutError(f"KV tensors: found device {device}; expected cpu, or cuda of NVIDIA")

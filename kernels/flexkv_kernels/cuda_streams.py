@@ -1,0 +1,110 @@
+"""CUDA's streams and events for the device copier: torch's streams, Triton's kernels, the driver's copies."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+
+from flexkv_core.errors import TransferError
+from flexkv_core.layout import DeviceSegments
+from flexkv_kernels.access import choose_access
+from flexkv_kernels.cuda_driver import CudaDriver
+from flexkv_kernels.paged_copy import SegmentTable, gather, scatter
+from flexkv_kernels.stream_copier import PROGRAMS_DEFAULT
+from flexkv_kernels.streams import Addresses, Order, Stream
+
+_SPIN_S = 50e-6
+_SLEEP_S = 20e-6
+
+
+class CudaStreams:
+    """Implements :class:`~flexkv_kernels.streams.Streams` on one NVIDIA GPU.
+
+    Args:
+        device: whose memory ``segments`` lie in.
+        segments: what the kernels copy.
+        image_alignment: every image's address will be a multiple of this.
+        programs: of one kernel at most; how much of the GPU a copy may take.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        segments: DeviceSegments,
+        image_alignment: int,
+        programs: int = PROGRAMS_DEFAULT,
+    ) -> None:
+        self.driver = CudaDriver()
+        self._device = device
+        self._access = choose_access(segments, image_alignment)
+        self._table = SegmentTable.on(device, segments)
+        self._programs = programs
+        # Loads first: a request waits for them, nobody for a store.
+        self._streams = {
+            stream: torch.cuda.Stream(
+                device, priority=-1 if stream in (Stream.LOAD_DMA, Stream.LOAD_KERNEL) else 0
+            )
+            for stream in Stream
+        }
+        torch.cuda.synchronize(device)  # the table has arrived before any stream reads it
+
+    def mark(self) -> object:
+        """An event on the calling thread's current stream."""
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def record(self, stream: Stream) -> object:
+        """See the protocol."""
+        event = torch.cuda.Event()
+        event.record(self._streams[stream])
+        return event
+
+    def wait(self, stream: Stream, event: object, order: Order) -> None:
+        """See the protocol."""
+        self._streams[stream].wait_event(_cuda_event(event))
+
+    def finish(self, event: object, timeout_s: float, order: Order) -> None:
+        """Poll, because the driver's own wait has no deadline."""
+        cuda_event, started = _cuda_event(event), time.monotonic()
+        try:
+            while not cuda_event.query():
+                waited = time.monotonic() - started
+                if waited > timeout_s:
+                    raise TransferError(f"the device did not finish within {timeout_s:g} s: {order.value}")
+                if waited > _SPIN_S:
+                    time.sleep(_SLEEP_S)
+        except TransferError:
+            raise
+        except RuntimeError as error:  # what the device did wrong earlier shows here
+            raise TransferError(f"CUDA: {error}") from error
+
+    def gather(self, stream: Stream, blocks: Addresses, images: Addresses) -> None:
+        """See the protocol."""
+        self._launch(gather, stream, blocks, images)
+
+    def scatter(self, stream: Stream, blocks: Addresses, images: Addresses) -> None:
+        """See the protocol."""
+        self._launch(scatter, stream, blocks, images)
+
+    def copy(self, stream: Stream, sources: Addresses, targets: Addresses, sizes: Addresses) -> None:
+        """See the protocol; in one call of the driver where it can."""
+        with torch.cuda.stream(self._streams[stream]):
+            self.driver.copy(sources, targets, sizes, self._streams[stream].cuda_stream)
+
+    def _launch(self, kernel, stream: Stream, blocks: Addresses, images: Addresses) -> None:  # type: ignore[no-untyped-def]
+        try:
+            with torch.cuda.stream(self._streams[stream]):
+                # Both tables in one upload; the pinned source is torch's to keep until the copy is done.
+                table = torch.from_numpy(np.stack([blocks, images])).pin_memory()
+                table = table.to(self._device, non_blocking=True)
+                kernel(self._table, table[0], table[1], self._access, self._programs)
+        except RuntimeError as error:
+            raise TransferError(f"CUDA: {error}") from error
+
+
+def _cuda_event(event: object) -> torch.cuda.Event:
+    assert isinstance(event, torch.cuda.Event)
+    return event

@@ -1,0 +1,146 @@
+"""The three ways between blocks and slots, and the events that keep each of them right. Pure logic over :class:`Streams`.
+
+- DMA: the copy engine moves every piece by itself, no SM is used; slow for small pieces.
+- STAGED: a kernel packs blocks in a staging buffer, the copy engine moves that in large pieces; and the reverse.
+- DIRECT: a kernel reads or writes pinned host memory over the bus by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+
+from flexkv_core.layout import DeviceSegments
+from flexkv_kernels.streams import Addresses, Order, Stream, Streams
+
+
+class Mode(Enum):
+    """How a transfer goes."""
+
+    DMA = "dma"
+    STAGED = "staged"
+    DIRECT = "direct"
+
+
+@dataclass
+class StagingBuffer:
+    """Device memory for packed blocks; ``free`` is the event after its last use."""
+
+    address: int
+    size_bytes: int
+    free: object | None = None
+
+
+@dataclass
+class StagingRing:
+    """Buffers in turn: as many chunks are under way at once, and staging memory has that bound."""
+
+    buffers: Sequence[StagingBuffer]
+    _next: int = 0
+
+    def take(self) -> StagingBuffer:
+        """The buffer whose last use lies furthest back."""
+        buffer = self.buffers[self._next]
+        self._next = (self._next + 1) % len(self.buffers)
+        return buffer
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Blocks and where their images lie in host memory, int64 [n] both; at most what a staging buffer holds."""
+
+    blocks: Addresses
+    images: Addresses
+
+
+@dataclass
+class Paths:
+    """Queues chunks on a device's streams. ``host_runs`` limits how far one DMA may run: see :func:`merge_runs`."""
+
+    streams: Streams
+    segments: DeviceSegments
+    store_ring: StagingRing
+    load_ring: StagingRing
+    host_base: int = 0
+    host_run_bytes: int = field(default=1 << 62)
+
+    def store(self, mode: Mode, chunk: Chunk, after: object) -> object:
+        """Blocks -> images once ``after`` has passed; the event after which the bytes are there."""
+        streams = self.streams
+        if mode is Mode.DMA:
+            streams.wait(Stream.STORE_DMA, after, Order.ENGINE_WROTE)
+            pieces, images, sizes = self._pieces(chunk)
+            streams.copy(Stream.STORE_DMA, pieces, images, sizes)
+            return streams.record(Stream.STORE_DMA)
+        streams.wait(Stream.STORE_KERNEL, after, Order.ENGINE_WROTE)
+        if mode is Mode.DIRECT:
+            streams.gather(Stream.STORE_KERNEL, chunk.blocks, chunk.images)
+            return streams.record(Stream.STORE_KERNEL)
+        buffer = self.store_ring.take()
+        if buffer.free is not None:
+            streams.wait(Stream.STORE_KERNEL, buffer.free, Order.SENT)
+        streams.gather(Stream.STORE_KERNEL, chunk.blocks, self._staged(buffer, chunk))
+        streams.wait(Stream.STORE_DMA, streams.record(Stream.STORE_KERNEL), Order.GATHERED)
+        staged, images, sizes = self._runs(buffer, chunk)
+        streams.copy(Stream.STORE_DMA, staged, images, sizes)
+        buffer.free = streams.record(Stream.STORE_DMA)
+        return buffer.free
+
+    def load(self, mode: Mode, chunk: Chunk, after: object) -> object:
+        """Images -> blocks once ``after`` has passed; the event after which the blocks may be read."""
+        streams = self.streams
+        if mode is Mode.DMA:
+            streams.wait(Stream.LOAD_DMA, after, Order.ENGINE_READ)
+            pieces, images, sizes = self._pieces(chunk)
+            streams.copy(Stream.LOAD_DMA, images, pieces, sizes)
+            return streams.record(Stream.LOAD_DMA)
+        source = chunk.images
+        buffer = None
+        if mode is Mode.STAGED:
+            buffer = self.load_ring.take()
+            if buffer.free is not None:
+                streams.wait(Stream.LOAD_DMA, buffer.free, Order.SCATTERED)
+            staged, images, sizes = self._runs(buffer, chunk)
+            streams.copy(Stream.LOAD_DMA, images, staged, sizes)
+            streams.wait(Stream.LOAD_KERNEL, streams.record(Stream.LOAD_DMA), Order.ARRIVED)
+            source = self._staged(buffer, chunk)
+        streams.wait(Stream.LOAD_KERNEL, after, Order.ENGINE_READ)
+        streams.scatter(Stream.LOAD_KERNEL, chunk.blocks, source)
+        done = streams.record(Stream.LOAD_KERNEL)
+        if buffer is not None:
+            buffer.free = done
+        return done
+
+    def _pieces(self, chunk: Chunk) -> tuple[Addresses, Addresses, Addresses]:
+        """Address of every piece, of its place in its image, and its size."""
+        segments = self.segments
+        pieces = segments.addresses + chunk.blocks[:, None] * segments.strides
+        within = np.arange(len(segments.addresses), dtype=np.int64) * segments.piece_bytes
+        images = chunk.images[:, None] + within
+        return pieces.ravel(), images.ravel(), np.full(pieces.size, segments.piece_bytes, np.int64)
+
+    def _staged(self, buffer: StagingBuffer, chunk: Chunk) -> Addresses:
+        block_bytes = self.segments.block_bytes
+        assert len(chunk.blocks) * block_bytes <= buffer.size_bytes, (len(chunk.blocks), buffer.size_bytes)
+        return buffer.address + np.arange(len(chunk.blocks), dtype=np.int64) * block_bytes
+
+    def _runs(self, buffer: StagingBuffer, chunk: Chunk) -> tuple[Addresses, Addresses, Addresses]:
+        """The chunk as few copies: address in the staging buffer, in host memory, size."""
+        block_bytes = self.segments.block_bytes
+        images, sizes = merge_runs(chunk.images, block_bytes, self.host_base, self.host_run_bytes)
+        return buffer.address + np.cumsum(sizes) - sizes, images, sizes
+
+
+def merge_runs(images: Addresses, image_bytes: int, base: int, run_bytes: int) -> tuple[Addresses, Addresses]:
+    """Join images that follow each other in memory: start and size of each run.
+
+    No run crosses ``base`` plus a multiple of ``run_bytes``: host memory is pinned in pieces of that size, and one DMA stays in one.
+    """
+    joined = np.diff(images) == image_bytes
+    joined &= np.diff((images - base) // run_bytes) == 0
+    first = np.flatnonzero(np.concatenate([[True], ~joined]))
+    counts = np.diff(np.append(first, len(images)))
+    return images[first], counts * image_bytes

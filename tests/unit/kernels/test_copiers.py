@@ -1,0 +1,177 @@
+"""What every device copier owes, on the CPU's and on the streams' in each mode; and that they agree on what a slot holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from flexkv_core import native
+from flexkv_core.errors import LayoutError, TransferError
+from flexkv_core.layout import KVLayout
+from flexkv_core.storage.memory import HostSegment
+from flexkv_core.transfer.plan import DeviceCopier, TransferOp
+from flexkv_core.types import Direction
+from flexkv_kernels import CpuCopier
+from flexkv_kernels.paths import Mode
+from flexkv_kernels.streams import Order
+from tests.unit.kernels.stream_rig import BLOCKS, Shape, StreamRig
+
+SHAPE = Shape(blocks_per_slot=2, shards=3, shard=1)
+SLOTS = np.array([5, 0, 9, 3, 4, 12, 1, 2], np.int32)
+
+
+class Bench:
+    """A rig whose copier is either the streams' or the CPU's, over the same memory and slots."""
+
+    def __init__(self, kind: Mode | None) -> None:
+        self.rig = StreamRig(7, kind or Mode.DMA, shape=SHAPE)
+        self.host = self.rig.host
+        self.copier: DeviceCopier = self.rig.copier if kind else cpu_copier(self.rig)
+        self.blocks = np.random.default_rng(1).permutation(BLOCKS)[: 2 * len(SLOTS)]
+        self.keys = bytes(range(16)) * len(SLOTS)
+
+    def store(self) -> torch.Tensor:
+        """What was stored."""
+        op = TransferOp(1, Direction.STORE, self.keys, SLOTS, self.blocks)
+        self.copier.gather(op, self.copier.mark())
+        return self.rig.bytes_of(self.blocks)
+
+    def load(self, blocks: np.ndarray, verify: bool = True) -> list[bool]:
+        op = TransferOp(2, Direction.LOAD, self.keys, SLOTS, blocks)
+        return self.copier.scatter(op, self.copier.mark(), verify).tolist()
+
+
+def cpu_copier(rig: StreamRig) -> CpuCopier:
+    copier = CpuCopier(rig.copier.segments)
+    copier.bind(rig.host, SHAPE.shard)
+    return copier
+
+
+@pytest.fixture(params=[None, *Mode], ids=lambda kind: kind.value if kind else "cpu")
+def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
+    bench = Bench(request.param)
+    yield bench
+    bench.rig.close()
+
+
+def test_what_was_stored_is_loaded(bench: Bench) -> None:
+    stored = bench.store()
+    bench.rig.write(bench.blocks, torch.zeros_like(stored))
+    assert bench.load(bench.blocks[::-1].copy()) == [True] * len(SLOTS)
+    assert torch.equal(bench.rig.bytes_of(bench.blocks[::-1].copy()), stored)
+
+
+def test_slots_have_their_checksums(bench: Bench) -> None:
+    bench.store()
+    layout, found = bench.host.layout, np.zeros(len(SLOTS), np.uint32)
+    shard_at = SHAPE.shard * layout.shard_bytes
+    native.crc32c_slots(
+        bench.host.address, layout.slot_bytes, shard_at, layout.shard_bytes, SLOTS, bench.keys, found
+    )
+    assert (bench.host.checksums[SLOTS, SHAPE.shard] == found).all()
+    assert len(set(found.tolist())) == len(SLOTS)
+    assert not bench.host.checksums[:, 0].any()  # other ranks' are untouched
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_damage_is_refused_where_it_is_looked_for(bench: Bench, verify: bool) -> None:
+    stored = bench.store()
+    layout = bench.host.layout
+    view = (np.ctypeslib.ctypes.c_uint8 * layout.slot_bytes).from_address(
+        bench.host.address + int(SLOTS[2]) * layout.slot_bytes
+    )
+    view[layout.shard_bytes + 3] ^= 4
+    bench.rig.write(bench.blocks, torch.zeros_like(stored))
+    assert bench.load(bench.blocks, verify) == [place != 2 or not verify for place in range(len(SLOTS))]
+    loaded = bench.rig.bytes_of(bench.blocks)
+    assert torch.equal(loaded[:, [0, 1, 2, 3, *range(6, 16)]], stored[:, [0, 1, 2, 3, *range(6, 16)]])
+    assert loaded[:, 4:6].any() == (not verify)
+
+
+def test_negative_blocks_are_left_out(bench: Bench) -> None:
+    stored = bench.store()
+    bench.rig.write(bench.blocks, torch.zeros_like(stored))
+    wanted = bench.blocks.copy()
+    wanted[0] = -1  # only the head of a load may be wanted in part
+    assert all(bench.load(wanted))
+    loaded = bench.rig.bytes_of(bench.blocks)
+    assert not loaded[:, 0].any()
+    assert torch.equal(loaded[:, 1:], stored[:, 1:])
+
+
+def test_a_load_that_is_refused_whole_touches_nothing(bench: Bench) -> None:
+    stored = bench.store()
+    bench.host.checksums[:, SHAPE.shard] ^= 1
+    bench.rig.write(bench.blocks, torch.zeros_like(stored))
+    assert not any(bench.load(bench.blocks))
+    assert not bench.rig.bytes_of(bench.blocks).any()
+
+
+@pytest.mark.parametrize("mode", Mode)
+def test_copiers_agree_on_what_a_slot_holds(mode: Mode) -> None:
+    bench = Bench(mode)
+    stored = bench.store()
+    bench.rig.write(bench.blocks, torch.zeros_like(stored))
+    bench.copier = cpu_copier(bench.rig)
+    assert all(bench.load(bench.blocks))
+    assert torch.equal(bench.rig.bytes_of(bench.blocks), stored)
+    bench.rig.close()
+
+
+@pytest.mark.parametrize(("slots", "blocks"), [([BLOCKS], [0, 1]), ([-1], [0, 1]), ([0], [0, BLOCKS])])
+def test_places_that_do_not_exist_are_refused(slots: list[int], blocks: list[int]) -> None:
+    rig = StreamRig(0, Mode.DMA, shape=SHAPE)
+    op = TransferOp(3, Direction.STORE, bytes(16), np.array(slots, np.int32), np.array(blocks))
+    with pytest.raises(TransferError, match="does not exist"):
+        rig.copier.gather(op, rig.copier.mark())
+    rig.close()
+
+
+def test_a_device_that_hangs_is_left_alone() -> None:
+    """Its copies may still come: nothing more is started, whatever the slots and blocks."""
+    rig = StreamRig(0, Mode.STAGED)
+    op = TransferOp(3, Direction.STORE, bytes(16), np.array([0], np.int32), np.array([0]))
+    rig.streams.hung = True
+    with pytest.raises(TransferError, match=f"within 20 s: {Order.STORED.value}"):
+        rig.copier.gather(op, rig.copier.mark())
+    rig.streams.hung = False
+    asked = rig.streams.asked.total()
+    for call in (
+        lambda: rig.copier.gather(op, rig.copier.mark()),
+        lambda: rig.copier.scatter(op, rig.copier.mark(), True),
+    ):
+        with pytest.raises(TransferError, match="copies stopped"):
+            call()
+    assert rig.streams.asked.total() == asked
+    rig.close()
+
+
+@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("direction", Direction)
+@pytest.mark.parametrize("calls", [0, 1, 2, 5])
+def test_a_failed_transfer_leaves_nothing_queued(mode: Mode, direction: Direction, calls: int) -> None:
+    """Its slots are taken for other blocks as soon as it is reported."""
+    rig = StreamRig(3, mode)
+    ids = np.arange(BLOCKS)
+    op = TransferOp(3, direction, bytes(16 * BLOCKS), ids.astype(np.int32), ids)
+    rig.streams.calls_left = calls
+    copy = partial(rig.copier.scatter, verify=False) if direction is Direction.LOAD else rig.copier.gather
+    with pytest.raises(TransferError, match="injected"):
+        copy(op, rig.copier.mark())
+    assert rig.streams.idle
+    rig.streams.calls_left = 1 << 30
+    copy(op, rig.copier.mark())  # and it goes on
+    rig.close()
+
+
+def test_slots_of_another_size_are_refused() -> None:
+    rig = StreamRig(0, Mode.DMA)
+    host = HostSegment.create(2, KVLayout(4, 4, 100))
+    with pytest.raises(LayoutError, match="expected 100 bytes"):
+        rig.copier.use(host, 0, rig.copier._paths, rig.copier._modes)
+    host.close()
+    rig.close()
