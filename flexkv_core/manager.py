@@ -28,7 +28,7 @@ from flexkv_core.errors import CapacityError, ClosedError
 from flexkv_core.keys import fingerprint, hash_tokens, namespace_root
 from flexkv_core.layout import KVLayout
 from flexkv_core.metrics import Counters
-from flexkv_core.ssd_link import SsdLink
+from flexkv_core.ssd_link import SsdLink, ssd_spec
 from flexkv_core.storage.base import BlockStatus, SsdSpec, Statuses
 from flexkv_core.storage.directory import slot_count as ssd_slot_count
 from flexkv_core.storage.memory import HostSegment, slots_within
@@ -64,11 +64,13 @@ class ModelConfig:
     """What the cached bytes are.
 
     ``identity``: everything that must agree before two deployments may share bytes (model, revision, dtype, packing, …), as
-    JSON-serialisable values; it enters the root of every key. ``layout``: the shape of a slot.
+    JSON-serialisable values; it enters the root of every key. ``layout``: the shape of a slot. ``replica``: of several engines that run
+    the model side by side with the same settings (data parallelism); each has files of its own on the SSD.
     """
 
     identity: Mapping[str, object]
     layout: KVLayout
+    replica: int = 0
 
 
 class KVManager:
@@ -100,7 +102,7 @@ class KVManager:
         self._counters = Counters()
         self._host: HostSegment | None = None
         self._closed = False
-        self._ssd_spec = _ssd_spec(cache_config, self.layout, self._identity)
+        self._ssd_spec = ssd_spec(cache_config, self.layout, self._identity, model_config.replica)
         capacities = {Tier.HOST: self._slot_count}
         if self._ssd_spec is not None:
             capacities[Tier.SSD] = ssd_slot_count(self._ssd_spec)
@@ -570,20 +572,6 @@ def _slot_count(config: FlexKVConfig, layout: KVLayout) -> int:
             f" which takes {layout.slot_bytes} bytes"
         )
     return count
-
-
-def _ssd_spec(config: FlexKVConfig, layout: KVLayout, identity: Mapping[str, object]) -> SsdSpec | None:
-    if not config.ssd_dirs:
-        return None
-    return SsdSpec(
-        directories=tuple(config.ssd_dirs),
-        bytes_per_directory=int(config.ssd_bytes),
-        identity=dict(identity),
-        layout=layout,
-        engine=config.io_engine,
-        depth=config.io_queue_depth,
-        scrub_bytes_per_s=int(config.scrub_bytes_per_s),
-    )
 
 
 def _engine_for(copier: DeviceCopier, config: FlexKVConfig) -> TransferEngine:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,8 @@ import numpy.typing as npt
 
 from flexkv_core.cache.engine import GlobalCacheEngine
 from flexkv_core.cache.plans import GetPlan, WritePlan
+from flexkv_core.config import FlexKVConfig
+from flexkv_core.layout import KVLayout
 from flexkv_core.storage.base import BlockStatus, SsdSpec, Statuses
 from flexkv_core.storage.memory import HostSegment, arrival_mark
 from flexkv_core.transfer.backoff import Backoff
@@ -246,3 +248,20 @@ class SsdLink:
         with self._lock:
             self.corrupt_blocks += len(slots)
             self._found_bad.append(slots)
+
+
+def ssd_spec(
+    config: FlexKVConfig, layout: KVLayout, identity: Mapping[str, object], replica: int
+) -> SsdSpec | None:
+    """What the configuration says of the SSD tier; None if there is none. ``replica``: see :class:`~flexkv_core.manager.ModelConfig`."""
+    if not config.ssd_dirs:
+        return None
+    return SsdSpec(
+        directories=tuple(config.ssd_dirs),
+        bytes_per_directory=int(config.ssd_bytes),
+        identity={**identity, "replica": replica},
+        layout=layout,
+        engine=config.io_engine,
+        depth=config.io_queue_depth,
+        scrub_bytes_per_s=int(config.scrub_bytes_per_s),
+    )

@@ -93,7 +93,11 @@ class SchedulerSide:
         )
         self._sampler = HitSampler(config.verify_sample)
         self._checks: set[int] = set()  # planned since the last step
-        model = ModelConfig(identity(vllm_config, kv_cache_config, config), layout)
+        model = ModelConfig(
+            identity(vllm_config, kv_cache_config, config),
+            layout,
+            replica=vllm_config.parallel_config.data_parallel_index,
+        )
         self.manager = KVManager(model, config, self._executor, track_events=self.events.enabled)
         self.manager.start()
         self._counters = self.manager.counters()

@@ -150,10 +150,10 @@ class Load:
             self._errors.append(error)
 
 
-def make_manager(config: FlexKVConfig) -> tuple[KVManager, NumpyDevice]:
+def make_manager(config: FlexKVConfig, replica: int = 0) -> tuple[KVManager, NumpyDevice]:
     """A manager that has been started, and the device that it copies from and to."""
     device = NumpyDevice((THREADS + 1) * CHAIN_BLOCKS_MAX)
-    manager = KVManager(ModelConfig(_IDENTITY, LAYOUT), config, device)
+    manager = KVManager(ModelConfig(_IDENTITY, LAYOUT, replica), config, device)
     manager.start()
     return manager, device
 
