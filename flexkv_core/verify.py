@@ -112,6 +112,7 @@ class ShadowCopier:
 
     def close(self) -> None:
         """Give the scratch memory back."""
+        self._inner.close()
         if self._scratch is not None:
             self._scratch.close()
 

@@ -130,6 +130,7 @@ class TransferEngine:
             self._report(_failed(item.op, OpStatus.CANCELLED))
         if self._thread is not None:
             self._thread.join()
+        self._copier.close()
 
     def _work(self) -> None:
         _leave_pinned_core()

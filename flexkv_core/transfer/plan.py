@@ -114,3 +114,6 @@ class DeviceCopier(Protocol):
     def scatter(self, op: TransferOp, after: object, verify: bool) -> npt.NDArray[np.bool_]:
         """Slots -> device blocks, once the device has passed ``after``; bool [n], False for a block whose bytes do not match their
         checksum (it is not copied). With ``verify`` False nothing is checked. Returns when the device may read the blocks."""
+
+    def close(self) -> None:
+        """Give back what ``bind`` took; a second call does nothing. No copy runs any more, and ``host`` is still mapped."""

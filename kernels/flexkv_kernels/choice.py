@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from flexkv_core.errors import LayoutError
+from flexkv_core.layout import DeviceSegments
 from flexkv_core.transfer.plan import DeviceCopier
 from flexkv_kernels.copier import CpuCopier
 from flexkv_kernels.segments import pieces_of
@@ -19,13 +20,20 @@ def copier_for(tensors: Sequence[torch.Tensor], block_dim: int = 0) -> DeviceCop
         LayoutError: what was found and what was expected; or a device without a copier.
         TransferError: the tensors are on a GPU whose driver cannot be used.
     """
-    segments = pieces_of(tensors, block_dim)
-    device = tensors[0].device
+    return copier_over(pieces_of(tensors, block_dim), tensors[0].device, list(tensors))
+
+
+def copier_over(segments: DeviceSegments, device: torch.device, keep_alive: object) -> DeviceCopier:
+    """The copier for segments that lie in the memory of ``device``; ``keep_alive`` holds that memory.
+
+    Raises:
+        LayoutError, TransferError: as :func:`copier_for`.
+    """
     if device.type == "cpu":
-        return CpuCopier(segments, keep_alive=list(tensors))
+        return CpuCopier(segments, keep_alive=keep_alive)
     if device.type == "cuda" and not torch.version.hip:
         # Here and not above: on a CPU there need be no Triton.
         from flexkv_kernels.cuda_copier import CudaCopier
 
-        return CudaCopier(segments, device, keep_alive=list(tensors))
+        return CudaCopier(segments, device, keep_alive=keep_alive)
     raise LayoutError(f"KV tensors: found device {device}; expected cpu, or cuda of NVIDIA")

@@ -20,6 +20,7 @@ from flexkv_core.layout import DeviceSegments
 from flexkv_core.storage.memory import HostSegment
 from flexkv_core.transfer.plan import TransferOp
 from flexkv_core.types import KEY_BYTES, BlockIds, Slots
+from flexkv_kernels.segments import pieces_of
 
 
 class CpuCopier:
@@ -35,12 +36,15 @@ class CpuCopier:
 
     @classmethod
     def from_tensors(cls, tensors: Sequence[torch.Tensor], block_dim: int = 0) -> CpuCopier:
-        """One tensor a layer, of any shape in which the bytes of one index of ``block_dim`` are one contiguous piece.
+        """One or more tensors a layer, of any layout that :func:`~flexkv_kernels.segments.pieces_of` understands.
 
         Raises:
-            LayoutError: a tensor is not on the CPU, its blocks are not contiguous, or the tensors differ in size.
+            LayoutError: what was found and what was expected.
         """
-        return cls(segments_of(tensors, block_dim), keep_alive=list(tensors))
+        segments = pieces_of(tensors, block_dim)
+        if tensors[0].device.type != "cpu":
+            raise LayoutError(f"KV tensors: found device {tensors[0].device}; expected cpu")
+        return cls(segments, keep_alive=list(tensors))
 
     def bind(self, host: HostSegment, shard: int) -> None:
         """Use ``host``; see the protocol.
@@ -55,6 +59,9 @@ class CpuCopier:
             )
         self._host = host
         self._shard = shard
+
+    def close(self) -> None:
+        """Nothing was taken."""
 
     def mark(self) -> object:
         """The CPU computes when it is called: what was submitted is done."""
@@ -121,45 +128,3 @@ class CpuCopier:
             "blocks_per_slot": layout.blocks_per_slot,
             "shard_offset": self._shard * layout.shard_bytes,
         }
-
-
-def segments_of(tensors: Sequence[torch.Tensor], block_dim: int = 0) -> DeviceSegments:
-    """The affine description of ``tensors``, one contiguous piece a tensor and block; other dimensions in any order.
-
-    Raises:
-        LayoutError: what was found and what was expected.
-    """
-    if not tensors:
-        raise LayoutError("KV tensors: found none; expected one a layer")
-    pieces = {_piece_bytes(index, tensor, block_dim) for index, tensor in enumerate(tensors)}
-    counts = {tensor.shape[block_dim] for tensor in tensors}
-    if len(pieces) > 1 or len(counts) > 1:
-        raise LayoutError(
-            f"KV tensors: found blocks of {sorted(pieces)} bytes and block counts {sorted(counts)}; expected the same in all layers"
-        )
-    return DeviceSegments(
-        addresses=np.array([tensor.data_ptr() for tensor in tensors], np.int64),
-        strides=np.array([tensor.stride(block_dim) * tensor.element_size() for tensor in tensors], np.int64),
-        piece_bytes=pieces.pop(),
-        block_count=counts.pop(),
-    )
-
-
-def _piece_bytes(index: int, tensor: torch.Tensor, block_dim: int) -> int:
-    """Bytes of one block, after checking that they are contiguous (in whatever order of the inner dimensions)."""
-    if tensor.device.type != "cpu":
-        raise LayoutError(f"KV tensor {index}: found device {tensor.device}; expected cpu")
-    inner = [
-        (tensor.stride(dim), tensor.shape[dim])
-        for dim in range(tensor.dim())
-        if dim != block_dim and tensor.shape[dim] > 1
-    ]
-    expected = 1
-    for stride, size in sorted(inner):
-        if stride != expected:
-            raise LayoutError(
-                f"KV tensor {index}: found shape {tuple(tensor.shape)}, strides {tensor.stride()}; expected the bytes of a block"
-                f" (dimension {block_dim}) to be one contiguous piece"
-            )
-        expected *= size
-    return expected * tensor.element_size()

@@ -82,6 +82,9 @@ class StreamCopier:
         chunk_bytes = paths.store_ring.buffers[0].size_bytes
         self._chunk_slots = max(1, chunk_bytes // host.layout.shard_bytes)
 
+    def close(self) -> None:
+        """Nothing was taken here."""
+
     def mark(self) -> object:
         """An event on the calling thread's stream."""
         return self._streams.mark()

@@ -15,7 +15,7 @@ from flexkv_core.config import FlexKVConfig
 from flexkv_core.errors import ConfigError, LayoutError
 from flexkv_core.layout import DeviceSegments, KVLayout
 from flexkv_core.verify import TOLERANCES
-from flexkv_kernels.copier import segments_of
+from flexkv_kernels.segments import pieces_of
 from flexkv_vllm.compat.weights import weights_identity
 from flexkv_vllm.ranks import Ranks
 
@@ -105,7 +105,7 @@ def slot_layout(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config:
 
 
 def device_segments(kv_caches: Mapping[str, torch.Tensor], kv_cache_config: KVCacheConfig) -> DeviceSegments:
-    """One segment a layer, or two where K and V lie apart; layers that share a tensor count once.
+    """One segment a layer, or several where its blocks are not contiguous (K and V apart); layers that share a tensor count once.
 
     Raises:
         LayoutError: a tensor's blocks do not lie as expected.
@@ -115,7 +115,7 @@ def device_segments(kv_caches: Mapping[str, torch.Tensor], kv_cache_config: KVCa
     for name in sorted(kv_caches, key=_layer_order(kv_cache_config)):
         for plane in _planes(name, kv_caches[name], block_count):
             planes.setdefault(plane.data_ptr(), plane)
-    return segments_of(list(planes.values()))
+    return pieces_of(list(planes.values()))
 
 
 def identity(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
+import torch
 from vllm.distributed.utils import get_pp_indices
 from vllm.v1.kv_cache_interface import KVCacheSpec, MLAAttentionSpec
 
@@ -71,10 +71,10 @@ class Ranks:
 
 
 def fill_shard(
-    segments: DeviceSegments, block_bytes: int
-) -> tuple[DeviceSegments, npt.NDArray[np.uint8] | None]:
-    """``segments`` with as many more pieces as make a block ``block_bytes`` long, all of them one spare piece; and that piece's memory,
-    which the caller keeps, or None where nothing was missing.
+    segments: DeviceSegments, block_bytes: int, device: torch.device
+) -> tuple[DeviceSegments, torch.Tensor | None]:
+    """``segments`` with as many more pieces as make a block ``block_bytes`` long, all of them one spare piece on ``device``; and that
+    piece's memory, which the caller keeps, or None where nothing was missing.
 
     Raises:
         LayoutError: blocks are longer than that, or the rest is not a whole number of pieces.
@@ -86,9 +86,9 @@ def fill_shard(
         )
     if not missing:
         return segments, None
-    spare = np.zeros(segments.piece_bytes, np.uint8)
+    spare = torch.zeros(segments.piece_bytes, dtype=torch.uint8, device=device)
     filled = DeviceSegments(
-        addresses=np.append(segments.addresses, np.full(missing, spare.ctypes.data, np.int64)),
+        addresses=np.append(segments.addresses, np.full(missing, spare.data_ptr(), np.int64)),
         strides=np.append(segments.strides, np.zeros(missing, np.int64)),
         piece_bytes=segments.piece_bytes,
         block_count=segments.block_count,

@@ -21,7 +21,7 @@ from flexkv_core.storage.memory import HostSegment
 from flexkv_core.transfer.engine import TransferEngine
 from flexkv_core.transfer.plan import DeviceCopier, OpResult, OpStatus, TransferOp
 from flexkv_core.verify import TOLERANCES, ShadowCopier
-from flexkv_kernels.copier import CpuCopier
+from flexkv_kernels import copier_over
 from flexkv_vllm.layout import check_supported, device_segments, ranks_of, slot_layout
 from flexkv_vllm.metadata import StepMetadata, WorkerResults
 from flexkv_vllm.ranks import fill_shard
@@ -68,12 +68,14 @@ class WorkerSide:
         """
         ranks = ranks_of(self._vllm_config, self._kv_cache_config)
         found = device_segments(kv_caches, self._kv_cache_config)
-        segments, self._spare = fill_shard(found, self._layout.device_block_bytes)
+        tensor = next(iter(kv_caches.values()))
+        segments, spare = fill_shard(found, self._layout.device_block_bytes, tensor.device)
+        memory = (kv_caches, spare)
         self._shard, self._writes = ranks.shard(stage, tensor_rank), ranks.writes(tensor_rank)
-        self._copier = CpuCopier(segments, keep_alive=kv_caches)
-        dtype = str(next(iter(kv_caches.values())).dtype).removeprefix("torch.")
+        self._copier = copier_over(segments, tensor.device, memory)
+        dtype = str(tensor.dtype).removeprefix("torch.")
         if self._config.verify_sample and dtype in TOLERANCES:
-            self._shadow = ShadowCopier(CpuCopier(segments, keep_alive=kv_caches), dtype)
+            self._shadow = ShadowCopier(copier_over(segments, tensor.device, memory), dtype)
 
     # Each step, in this order
 
@@ -143,8 +145,6 @@ class WorkerSide:
             self._engine.close()
         if self._checker is not None:
             self._checker.close()
-        if self._shadow is not None:
-            self._shadow.close()
         if self._host is not None:
             self._host.close()
 

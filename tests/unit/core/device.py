@@ -31,9 +31,14 @@ class FaultyCopier:
         self.hold.set()
         self.entered = threading.Event()
         self.order: list[int] = []
+        self.is_closed = False
 
     def bind(self, host: HostSegment, shard: int) -> None:
         self.inner.bind(host, shard)
+
+    def close(self) -> None:
+        self.is_closed = True
+        self.inner.close()
 
     def mark(self) -> object:
         return self.inner.mark()

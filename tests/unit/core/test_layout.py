@@ -8,7 +8,7 @@ import torch
 
 from flexkv_core.errors import ConfigError, LayoutError
 from flexkv_core.layout import DeviceSegments, KVLayout
-from flexkv_kernels import segments_of
+from flexkv_kernels import pieces_of
 
 
 def test_slot_holds_all_shards_in_whole_pages() -> None:
@@ -46,21 +46,7 @@ def test_overlapping_blocks_are_refused() -> None:
         (torch.zeros(5, 3, dtype=torch.bfloat16), 6),
     ],
 )
-def test_segments_of_accepts_whole_blocks(tensor: torch.Tensor, piece_bytes: int) -> None:
-    segments = segments_of([tensor])
+def test_whole_blocks_are_one_piece(tensor: torch.Tensor, piece_bytes: int) -> None:
+    segments = pieces_of([tensor])
     assert (segments.piece_bytes, segments.block_count) == (piece_bytes, 5)
     assert segments.strides[0] == tensor.stride(0) * tensor.element_size()
-
-
-@pytest.mark.parametrize(
-    "tensor",
-    [torch.zeros(5, 3, 7)[:, :, ::2], torch.zeros(3, 5, 7).transpose(0, 1), torch.zeros(5, 3, 7)[:, :, :5]],
-)
-def test_segments_of_refuses_scattered_blocks(tensor: torch.Tensor) -> None:
-    with pytest.raises(LayoutError, match="one contiguous piece"):
-        segments_of([tensor])
-
-
-def test_segments_of_refuses_layers_of_different_sizes() -> None:
-    with pytest.raises(LayoutError, match="expected the same in all layers"):
-        segments_of([torch.zeros(5, 3), torch.zeros(5, 4)])

@@ -40,6 +40,7 @@ def rig() -> Rig:
     rig = Rig(queue_ops_max=2, timeout_s=30)
     yield rig
     rig.close()
+    assert rig.device.copier.is_closed, "what bind took is given back"
 
 
 def hold(rig: Rig) -> None:

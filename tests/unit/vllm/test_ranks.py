@@ -16,7 +16,7 @@ from flexkv_core.storage.checksum import slot_checksums
 from flexkv_core.storage.memory import HostSegment
 from flexkv_core.transfer.plan import TransferOp
 from flexkv_core.types import KEY_BYTES, Direction
-from flexkv_kernels.copier import CpuCopier, segments_of
+from flexkv_kernels import CpuCopier, pieces_of
 from flexkv_vllm.ranks import Ranks, fill_shard
 
 BLOCKS = 12
@@ -40,8 +40,8 @@ class Rank:
         self.writes = ranks.writes(tensor_rank)
         layers = ranks.stage_layers[stage]
         self.storage = torch.randint(0, 256, (layers, BLOCKS, PIECE_BYTES), dtype=torch.uint8)
-        found = segments_of(list(self.storage))
-        segments, self._spare = fill_shard(found, host.layout.device_block_bytes)
+        found = pieces_of(list(self.storage))
+        segments, self._spare = fill_shard(found, host.layout.device_block_bytes, self.storage.device)
         self.copier = CpuCopier(segments)
         self.copier.bind(host, ranks.shard(stage, tensor_rank))
 
@@ -109,6 +109,6 @@ def test_no_two_ranks_write_one_shard() -> None:
 
 @pytest.mark.parametrize("block_bytes", [PIECE_BYTES, 2 * PIECE_BYTES + 512])
 def test_blocks_that_do_not_fill_the_shard_evenly_are_refused(block_bytes: int) -> None:
-    segments = segments_of(list(torch.zeros(2, BLOCKS, PIECE_BYTES, dtype=torch.uint8)))
+    segments = pieces_of(list(torch.zeros(2, BLOCKS, PIECE_BYTES, dtype=torch.uint8)))
     with pytest.raises(LayoutError, match=f"expected {block_bytes} bytes"):
-        fill_shard(segments, block_bytes)
+        fill_shard(segments, block_bytes, torch.device("cpu"))
