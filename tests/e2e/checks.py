@@ -82,6 +82,18 @@ def load_zeros(scatter: Scatter) -> Scatter:
     return sabotaged
 
 
+def load_zeros_last(scatter: Scatter) -> Scatter:
+    """The last block that a load brings arrives as zeros; with ``--sabotage``, see the tests' ``conftest.py``."""
+
+    def sabotaged(copier: CpuCopier, op: TransferOp, after: object, verify: bool) -> npt.NDArray[np.bool_]:
+        ok = scatter(copier, op, after, verify)
+        for address in _pieces(copier, int(op.blocks[-1])):
+            ctypes.memset(address, 0, copier.segments.piece_bytes)
+        return ok
+
+    return sabotaged
+
+
 def swap_blocks(scatter: Scatter) -> Scatter:
     """The first two blocks that a load brings are swapped."""
 

@@ -1,11 +1,15 @@
-"""What the end-to-end tests share: vLLM's environment, the models, and one engine a module."""
+"""What the end-to-end tests share: vLLM's environment, the models, and one engine a module.
+
+``pytest tests/e2e --sabotage`` shows that the tests of hits can fail: only those marked ``hit`` run, the last block of every load arrives
+as zeros, and each must fail.
+"""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,10 +19,38 @@ from flexkv_core.cli.harness.server import CPU_ENVIRONMENT
 from flexkv_core.config import cache_dir
 
 os.environ.update(CPU_ENVIRONMENT)
+SABOTAGE = "SABOTAGED_LOADS"
 os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
     VLLM_LOGGING_LEVEL="WARNING",
 )
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--sabotage", action="store_true", help="loads bring zeros; tests marked hit must fail")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--sabotage"):
+        return
+    os.environ[SABOTAGE] = "1"
+    left_out = [item for item in items if item.get_closest_marker("hit") is None]
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
+    for item in items:
+        item.add_marker(pytest.mark.xfail(strict=True, raises=AssertionError, reason="sabotaged"))
+
+
+@pytest.fixture(autouse=True)
+def _sabotaged_copies(request: pytest.FixtureRequest) -> Iterator[None]:
+    if not request.config.getoption("--sabotage"):
+        yield
+        return
+    # Here, because vLLM reads its environment when it is imported.
+    from tests.e2e.checks import load_zeros_last, patched_scatter
+
+    with patched_scatter(load_zeros_last):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.e2e.engine import BLOCK_TOKENS, RECOMPUTE_BOUND, Answer, Engine, prompt_tokens
 
 SLOT_BYTES = 2 * 65536  # two layers of the tiny Llama, 64 tokens each
@@ -17,6 +19,7 @@ def _assert_same(answer: Answer, wanted: Answer) -> None:
     assert answer.logprob_error(wanted) <= RECOMPUTE_BOUND
 
 
+@pytest.mark.hit
 def test_small_host_tier_evicts_and_stays_right(llama: Path) -> None:
     """Eight prompts of ten blocks go through 32 slots, three times; a prompt of 46 blocks stores what fits."""
     expected = {}

@@ -21,6 +21,7 @@ def engine(llama: Path) -> Iterator[Engine]:
         yield running
 
 
+@pytest.mark.hit
 @pytest.mark.parametrize(
     "length", [BLOCK_TOKENS + 1, 3 * BLOCK_TOKENS - 1, 3 * BLOCK_TOKENS, 3 * BLOCK_TOKENS + 1, 1000, 3000]
 )
@@ -54,6 +55,7 @@ def test_comparison_notices_wrong_bytes(
     assert hit_differences(engine, prompt_tokens(7, 700)) == set()
 
 
+@pytest.mark.hit
 def test_prompt_repeated_many_times(engine: Engine) -> None:
     prompt = prompt_tokens(11, 900)
     engine.reset(external=True)
@@ -66,6 +68,7 @@ def test_prompt_repeated_many_times(engine: Engine) -> None:
         assert (host.token_ids, host.logprobs) == (device.token_ids, device.logprobs)
 
 
+@pytest.mark.hit
 def test_shared_prefix_is_loaded_and_the_rest_computed(engine: Engine) -> None:
     shared, one, other = prompt_tokens(20, 800), prompt_tokens(21, 500), prompt_tokens(22, 450)
     engine.reset(external=True)
@@ -81,6 +84,7 @@ def test_shared_prefix_is_loaded_and_the_rest_computed(engine: Engine) -> None:
     assert host.external_tokens == len(shared) // BLOCK_TOKENS * BLOCK_TOKENS
 
 
+@pytest.mark.hit
 def test_prefix_on_the_device_and_the_rest_from_flexkv(engine: Engine) -> None:
     prompt = prompt_tokens(30, 1000)
     engine.reset(external=True)
@@ -96,6 +100,7 @@ def test_prefix_on_the_device_and_the_rest_from_flexkv(engine: Engine) -> None:
     assert np.array_equal(loaded, computed[:, : loaded.shape[1]])
 
 
+@pytest.mark.hit
 def test_next_turn_of_a_conversation_loads_what_was_generated(engine: Engine) -> None:
     prompt = prompt_tokens(40, 500)
     engine.reset(external=True)
@@ -110,6 +115,7 @@ def test_next_turn_of_a_conversation_loads_what_was_generated(engine: Engine) ->
     assert (host.token_ids, host.logprobs) == (device.token_ids, device.logprobs)
 
 
+@pytest.mark.hit
 def test_requests_with_a_common_prefix_at_once(engine: Engine) -> None:
     shared = prompt_tokens(50, 600)
     prompts = [[*shared, *prompt_tokens(51 + i, 130 + 40 * i)] for i in range(12)]

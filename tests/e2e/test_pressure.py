@@ -49,6 +49,7 @@ def _assert_nothing_held(engine: Engine) -> None:
     engine.check_integrity()
 
 
+@pytest.mark.hit
 def test_preempted_requests_give_the_same_answers(small: Engine, expected: Expected) -> None:
     """Eight requests of 8 to 12 blocks that each grow by two do not fit into 40 blocks."""
     small.reset(external=True)
@@ -63,6 +64,7 @@ def test_preempted_requests_give_the_same_answers(small: Engine, expected: Expec
     _assert_nothing_held(small)
 
 
+@pytest.mark.hit
 def test_blocks_used_again_while_stores_run(small: Engine, expected: Expected) -> None:
     """Each prompt takes most of the device: no store may read what the next prompt wrote."""
     small.reset(external=True)
@@ -92,6 +94,7 @@ def test_abort_at_any_moment_leaves_nothing_behind(small: Engine, expected: Expe
         _assert_same(small.ask(ABORTED), expected(ABORTED))
 
 
+@pytest.mark.hit
 def test_abort_of_some_while_others_go_on(small: Engine, expected: Expected) -> None:
     small.reset(external=True)
     small.ask_all(MANY[:3])

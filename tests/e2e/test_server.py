@@ -25,7 +25,8 @@ from tests.e2e.engine import BLOCK_TOKENS, prompt_tokens
 
 CLIENTS = 64
 ENVIRONMENT = {**CPU_ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
-ONE_LINE = ("--kv-transfer-config", KV_TRANSFER_CONFIG)
+SABOTAGED = '{"kv_connector":"SabotagedConnector","kv_connector_module_path":"tests.e2e.sabotaged_connector","kv_role":"kv_both"}'
+ONE_LINE = ("--kv-transfer-config", SABOTAGED if "SABOTAGED_LOADS" in os.environ else KV_TRANSFER_CONFIG)
 EXTERNAL_HITS = "vllm:external_prefix_cache_hits_total"
 SEGMENT_NAME = "flexkv-host-tier"
 
@@ -71,6 +72,7 @@ def _assert_equal_hits(cold: Completion, device: Completion, host: Completion) -
     assert host.token_ids == cold.token_ids
 
 
+@pytest.mark.hit
 def test_hit_equals_device_hit(client: VllmClient) -> None:
     _assert_equal_hits(*_hits(client, prompt_tokens(900, 3000)))
 
@@ -97,6 +99,7 @@ def test_metrics_count_what_happened(client: VllmClient) -> None:
     )
 
 
+@pytest.mark.hit
 def test_many_clients_at_once(server: VllmServer, client: VllmClient) -> None:
     """96 prompts with 8 common prefixes from 64 clients: first new, then from the device, then from FlexKV."""
     prefixes = [prompt_tokens(1000 + i, 400) for i in range(8)]
@@ -154,6 +157,7 @@ def test_clients_that_leave_hold_nothing(server: VllmServer, client: VllmClient)
         assert client.complete(prompt, 8).token_ids == wanted.token_ids
 
 
+@pytest.mark.hit
 def test_tensor_parallel_and_sigkill(llama: Path, tmp_path: Path) -> None:
     """Both ranks write their shard of each slot. Killed outright, the server leaves no host memory behind."""
     cpus = sorted(os.sched_getaffinity(0))
@@ -168,6 +172,7 @@ def test_tensor_parallel_and_sigkill(llama: Path, tmp_path: Path) -> None:
         _assert_gone(segments)
 
 
+@pytest.mark.hit
 def test_uneven_pipeline_and_the_death_of_a_rank(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     """Stages of three layers and one. A worker that dies takes the engine with it, as without FlexKV, and no host memory is left."""
     cpus = sorted(os.sched_getaffinity(0))

@@ -44,6 +44,7 @@ def written(engine: Engine, blocks: int) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.hit
 def test_restart_finds_everything(llama: Path, expected: list[Answer], tmp_path: Path) -> None:
     with Engine(llama, config(tmp_path)) as engine:
         for prompt, wanted in zip(PROMPTS, expected, strict=True):
@@ -63,6 +64,7 @@ def test_restart_finds_everything(llama: Path, expected: list[Answer], tmp_path:
         assert engine.ask(PROMPTS[0]).external_tokens == 0
 
 
+@pytest.mark.hit
 def test_ssd_holds_what_host_memory_has_no_room_for(
     llama: Path, expected: list[Answer], tmp_path: Path
 ) -> None:

@@ -1,0 +1,13 @@
+"""A connector whose loads bring zeros, for servers under ``pytest --sabotage``: named by ``kv_connector_module_path``."""
+
+from __future__ import annotations
+
+from flexkv_kernels.copier import CpuCopier
+from flexkv_vllm.connector import FlexKVConnector
+from tests.e2e.checks import load_zeros_last
+
+CpuCopier.scatter = load_zeros_last(CpuCopier.scatter)  # type: ignore[method-assign, assignment]
+
+
+class SabotagedConnector(FlexKVConnector):
+    """As its base class, in a process whose copies are sabotaged."""
