@@ -79,7 +79,7 @@ BENCHES: dict[str, Bench] = {
     ),
     "peers": Bench(
         "flexkv_core.cli.bench.peers",
-        "time to first token of hits in host memory, two real vLLM servers in turns: FlexKV and vLLM's own offloading",
+        "time to first token of hits in host memory, real vLLM servers in turns: FlexKV and vLLM's own offloading",
         {"host_hit_ratio": Bar("<=", 1.0)},
     ),
     "startup": Bench(

@@ -1,34 +1,36 @@
-"""What a hit in host memory costs with FlexKV and with vLLM's own offloading: two real servers, asked the same prompts in turns.
+"""What a hit in host memory costs with FlexKV and with vLLM's own offloading: real servers in turns, the same prompts.
 
-Both run SmolLM2-135M-Instruct in bfloat16 on the same cores. Every prompt is computed once by each; then, ``ROUNDS`` times, each engine
-forgets its own prefix cache and is asked again, which one first alternating. A hit that found less than the whole prompt (but its last
-block) stops the benchmark. vLLM's connector refuses a CPU; ``flexkv_vllm.native_offload`` says what was put in the place of its copies.
+Both serve SmolLM2-135M-Instruct in bfloat16 on the same cores, one at a time: an idle vLLM worker does not leave its core alone, so two
+servers side by side slow each other down, and not alike. A turn is a server of each; it computes every prompt once and is then asked
+again and again, each time from its own prefix cache and, after that was dropped, from host memory. A hit that found less than the whole
+prompt (but its last block) stops the benchmark. vLLM's connector refuses a CPU; ``flexkv_vllm.native_offload`` says what was put in
+the place of its copies.
 """
 
 from __future__ import annotations
 
 import json
 import random
-import statistics
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
+from statistics import median
 
-from flexkv_core.cli.bench.overhead import compute_cpus, interval
+from flexkv_core.cli.bench.overhead import compute_cpus
 from flexkv_core.cli.harness.checkpoint import ensure_demo_model
 from flexkv_core.cli.harness.client import VllmClient
 from flexkv_core.cli.harness.server import CPU_ARGUMENTS, CPU_ENVIRONMENT, KV_TRANSFER_CONFIG, VllmServer
 
-PROMPTS = 6
-ROUNDS = 6
+TURNS = 3
+PROMPTS = 2
+ROUNDS = 10
 PROMPT_TOKENS = 4000
 _POOL_BYTES = 2 << 30
 _BLOCK_TOKENS = 64
 _SEED = 20_241
 _TOKEN_IDS = range(100, 40_000)
-_PAUSE_S = 0.3  # see overhead
+_PAUSE_S = 0.3
+"""Before each question, so that what the one before left to do is done."""
 _NATIVE_CONFIG = json.dumps(
     {
         "kv_connector": "OffloadingConnector",
@@ -40,67 +42,57 @@ _NATIVE_CONFIG = json.dumps(
         },
     }
 )
-_SIDES = ("flexkv", "native")
+_SIDES = {"flexkv": KV_TRANSFER_CONFIG, "native": _NATIVE_CONFIG}
+_Times = dict[tuple[str, str], list[float]]
 
 
 def run(quick: bool = False) -> dict[str, float]:
-    """Starts both servers (about a minute each) and measures.
+    """Starts each server ``TURNS`` times, which one first alternating, and measures.
 
-    Returns ``host_hit_ratio`` (FlexKV / vLLM's own, median of the turns) with the ends of its 95 % bootstrap interval, and medians in
-    ms: recomputed, from the engine's own cache, from host memory, of each. Raises ServerError when a server does not start.
+    Returns ``host_hit_ratio`` (FlexKV / vLLM's own: the medians of the turns compared, and of these the median), and medians in ms over
+    all turns: recomputed, from the engine's own cache, from host memory, of each. Raises ServerError when a server does not start.
     """
-    with ExitStack() as stack:
-        clients = _start(stack)
-        rng = random.Random(_SEED)
-        prompts = [rng.choices(_TOKEN_IDS, k=PROMPT_TOKENS) for _ in range(2 if quick else PROMPTS)]
-        times_ms = _measure(clients, prompts, 2 if quick else ROUNDS)
-    ratios = [a / b for a, b in zip(times_ms["flexkv", "host"], times_ms["native", "host"], strict=True)]
-    low, high = interval(ratios)
+    turns = [_turn(number, quick) for number in range(1 if quick else TURNS)]
+    ratios = [median(turn["flexkv", "host"]) / median(turn["native", "host"]) for turn in turns]
     figures = {
-        "host_hit_ratio": statistics.median(ratios),
-        "host_hit_ratio_low": low,
-        "host_hit_ratio_high": high,
+        "host_hit_ratio": median(ratios),
+        "host_hit_ratio_lowest": min(ratios),
+        "host_hit_ratio_highest": max(ratios),
     }
-    for (side, state), values in times_ms.items():
-        figures[f"ttft_{state}_{side}_ms"] = statistics.median(values)
-    return figures | {"turns": len(ratios), "prompt_tokens": PROMPT_TOKENS}
+    for side, state in turns[0]:
+        figures[f"ttft_{state}_{side}_ms"] = median(value for turn in turns for value in turn[side, state])
+    return figures | {"turns": len(turns), "prompt_tokens": PROMPT_TOKENS}
 
 
-def _start(stack: ExitStack) -> dict[str, VllmClient]:
-    model = ensure_demo_model()
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flexkv-peers-")))
+def _turn(number: int, quick: bool) -> _Times:
+    """Times to first token in ms by side and state."""
+    times_ms: _Times = {}
+    for side in _SIDES if number % 2 else reversed(_SIDES):
+        times_ms |= _measure(side, 2 if quick else ROUNDS)
+    return times_ms
+
+
+def _measure(side: str, rounds: int) -> _Times:
+    rng = random.Random(_SEED)
     environment = {
         **CPU_ENVIRONMENT,
         "VLLM_CPU_OMP_THREADS_BIND": compute_cpus(),
         "FLEXKV_HOST_BYTES": str(_POOL_BYTES),
     }
-    clients = {}
-    for side, config in zip(_SIDES, (KV_TRANSFER_CONFIG, _NATIVE_CONFIG), strict=True):
-        arguments = [*CPU_ARGUMENTS, "--dtype", "bfloat16", "--kv-transfer-config", config]
-        server = stack.enter_context(VllmServer(model, arguments, environment, folder / f"{side}.log"))
-        clients[side] = stack.enter_context(VllmClient(server.base_url))
-    return clients
-
-
-def _measure(
-    clients: dict[str, VllmClient], prompts: Sequence[list[int]], rounds: int
-) -> dict[tuple[str, str], list[float]]:
-    """Times to first token in ms by side and state, those of one state in the same order on both sides."""
-    times_ms: dict[tuple[str, str], list[float]] = {
-        (side, state): [] for state in ("recompute", "device", "host") for side in _SIDES
-    }
-    for number, prompt in enumerate(prompts):
-        for side in _SIDES:
-            times_ms[side, "recompute"].append(_ask(clients[side], prompt, found=False))
-        for turn in range(-1, rounds):  # the first turn warms up
-            order = _SIDES if (number + turn) % 2 else _SIDES[::-1]
-            for state in ("device", "host"):
-                for side in order:
-                    if state == "host":
-                        clients[side].reset_prefix_cache()
-                    ttft_ms = _ask(clients[side], prompt, found=True)
-                    if turn >= 0:
-                        times_ms[side, state].append(ttft_ms)
+    arguments = [*CPU_ARGUMENTS, "--dtype", "bfloat16", "--kv-transfer-config", _SIDES[side]]
+    times_ms: _Times = {(side, state): [] for state in ("recompute", "device", "host")}
+    with tempfile.TemporaryDirectory(prefix="flexkv-peers-") as folder:
+        server = VllmServer(ensure_demo_model(), arguments, environment, Path(folder) / "server.log")
+        with server, VllmClient(server.base_url) as client:
+            for _ in range(PROMPTS):
+                prompt = rng.choices(_TOKEN_IDS, k=PROMPT_TOKENS)
+                times_ms[side, "recompute"].append(_ask(client, prompt, found=False))
+                for _ in range(1 + rounds):
+                    times_ms[side, "device"].append(_ask(client, prompt, found=True))
+                    client.reset_prefix_cache()
+                    times_ms[side, "host"].append(_ask(client, prompt, found=True))
+                for state in ("device", "host"):
+                    del times_ms[side, state][-1 - rounds]  # the first warms up
     return times_ms
 
 
