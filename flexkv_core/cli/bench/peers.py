@@ -21,9 +21,9 @@ from flexkv_core.cli.harness.checkpoint import ensure_demo_model
 from flexkv_core.cli.harness.client import VllmClient
 from flexkv_core.cli.harness.server import CPU_ARGUMENTS, CPU_ENVIRONMENT, KV_TRANSFER_CONFIG, VllmServer
 
-TURNS = 3
+TURNS = 2
 PROMPTS = 1
-ROUNDS = 15
+ROUNDS = 12
 PROMPT_TOKENS = 4000
 _POOL_BYTES = 2 << 30
 _BLOCK_TOKENS = 64
