@@ -59,7 +59,8 @@ def _median(starts: list[dict[str, float]], name: str) -> float:
 
 
 def _spec(folder: str, count: int) -> SsdSpec:
-    size = count * _LAYOUT.slot_bytes + catalog_bytes(count, _LAYOUT.shard_count) + (1 << 20)
+    # A little more than enough: how many slots a size holds is found from above, in steps that may end a few short.
+    size = count * _LAYOUT.slot_bytes + catalog_bytes(count, _LAYOUT.shard_count) * 17 // 16 + (1 << 20)
     return SsdSpec((folder,), size, {"benchmark": "restart"}, _LAYOUT)
 
 
