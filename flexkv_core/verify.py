@@ -67,6 +67,8 @@ class ShadowCopier:
         dtype: of the KV cache, a key of :data:`TOLERANCES`.
     """
 
+    concurrent = False
+
     def __init__(self, inner: DeviceCopier, dtype: str) -> None:
         self.segments = inner.segments
         self._inner = inner

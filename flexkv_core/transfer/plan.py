@@ -97,10 +97,12 @@ class Executor(Protocol):
 class DeviceCopier(Protocol):
     """Moves blocks between one rank's device memory and the slots of a host segment. Made by the kernels' package.
 
-    One thread calls ``gather`` and ``scatter`` at a time. Both raise TransferError when the copy as a whole failed.
+    One thread calls ``gather`` and ``scatter`` at a time; where ``concurrent``, several may call ``scatter`` for different blocks. Both
+    raise TransferError when the copy as a whole failed.
     """
 
     segments: DeviceSegments
+    concurrent: bool
 
     def bind(self, host: HostSegment, shard: int) -> None:
         """Use ``host`` from now on; this rank's bytes are shard ``shard`` of every slot. Pins memory where the device needs it."""

@@ -30,6 +30,8 @@ class CpuCopier:
         segments: where the engine's blocks lie. ``keep_alive`` holds their memory.
     """
 
+    concurrent = True
+
     def __init__(self, segments: DeviceSegments, keep_alive: object = None) -> None:
         self.segments = segments
         self._keep_alive = keep_alive

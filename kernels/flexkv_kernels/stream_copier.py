@@ -65,6 +65,8 @@ class StreamCopier:
     After a wait that timed out the device may still be writing: every later call is refused.
     """
 
+    concurrent = False
+
     def __init__(self, streams: Streams, segments: DeviceSegments, settings: CopierSettings) -> None:
         self.segments = segments
         self._streams = streams

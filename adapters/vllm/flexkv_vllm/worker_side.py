@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -34,6 +35,9 @@ logger = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 0.005
 """In a step that computes nothing the worker waits this long for its copies: the engine would only ask again."""
+
+LOAD_WAIT_S = 0.02
+"""The same while a load from host memory is under way, in which the worker then takes part. A request that arrives meanwhile waits with it."""
 
 
 class WorkerSide:
@@ -220,9 +224,14 @@ class WorkerSide:
             self._changed.notify_all()
 
     def _wait_for_one(self) -> None:
+        """Wait until an op ends; for loads that need nothing but the copy, with a hand in it."""
+        is_loading = any(op.awaited is None for _, op in self._loads.values())
+        deadline = time.monotonic() + (LOAD_WAIT_S if is_loading else IDLE_WAIT_S)
+        if is_loading and self._engine is not None and not self._results:
+            self._engine.help(LOAD_WAIT_S)
         with self._changed:
             if self._unfinished and not self._results:
-                self._changed.wait_for(lambda: bool(self._results), IDLE_WAIT_S)
+                self._changed.wait_for(lambda: bool(self._results), deadline - time.monotonic())
 
     def _take(self, result: OpResult) -> None:
         self._outbox[result.op_id] = (result,)

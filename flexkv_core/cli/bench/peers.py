@@ -21,7 +21,7 @@ from flexkv_core.cli.harness.checkpoint import ensure_demo_model
 from flexkv_core.cli.harness.client import VllmClient
 from flexkv_core.cli.harness.server import CPU_ARGUMENTS, CPU_ENVIRONMENT, KV_TRANSFER_CONFIG, VllmServer
 
-TURNS = 2
+TURNS = 4
 PROMPTS = 1
 ROUNDS = 12
 PROMPT_TOKENS = 4000

@@ -70,6 +70,8 @@ class NumpyDevice:
 
     # DeviceCopier
 
+    concurrent = False
+
     def bind(self, host: HostSegment, shard: int) -> None:
         """Use ``host``; see the protocol."""
         assert host.layout == LAYOUT

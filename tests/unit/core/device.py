@@ -23,6 +23,8 @@ LAYERS = 3
 class FaultyCopier:
     """Delegates to ``inner``; ``fail`` makes copies raise, ``hold`` makes them wait until it is set."""
 
+    concurrent = True
+
     def __init__(self, inner: CpuCopier) -> None:
         self.inner = inner
         self.segments = inner.segments
