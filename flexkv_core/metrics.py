@@ -1,4 +1,4 @@
-"""Counters of one KVManager. Plain numbers; adapters carry them to the engine's own metrics."""
+"""Counters of one BlockManager. Plain numbers; adapters carry them to the engine's own metrics."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 @dataclass
 class Counters:
-    """What happened since the manager was made. Only grows; read a consistent copy with :meth:`KVManager.counters`."""
+    """What happened since the manager was made. Only grows; read a consistent copy with :meth:`BlockManager.counters`."""
 
     lookups: int = 0
     lookup_tokens: int = 0  # tokens in full blocks that were asked for

@@ -1,4 +1,4 @@
-"""SsdLink: keeps the index and the storage process in step. What a KVManager does for its SSD tier, apart from the manager's tasks.
+"""SsdLink: keeps the index and the storage process in step. What a BlockManager does for its SSD tier, apart from the manager's tasks.
 
 Write-behind: blocks that are committed in host memory are written in the order in which they came, a bounded number at a time; a put never
 waits for it. When more wait than ``write_queue_bytes``, the oldest are dropped from the queue: they stay in host memory.
@@ -253,7 +253,7 @@ class SsdLink:
 def ssd_spec(
     config: FlexKVConfig, layout: KVLayout, identity: Mapping[str, object], replica: int
 ) -> SsdSpec | None:
-    """What the configuration says of the SSD tier; None if there is none. ``replica``: see :class:`~flexkv_core.manager.ModelConfig`."""
+    """What the configuration says of the SSD tier; None if there is none. ``replica``: see :class:`~flexkv_core.block_manager.ModelConfig`."""
     if not config.ssd_dirs:
         return None
     return SsdSpec(

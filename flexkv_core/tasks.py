@@ -1,4 +1,4 @@
-"""Tasks of a KVManager: their state, their responses, and the checks of what callers pass in."""
+"""Tasks of a BlockManager: their state and their reports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from flexkv_core.cache.plans import GetPlan, PutPlan
 from flexkv_core.storage.base import BlockStatus, Statuses
 from flexkv_core.transfer.plan import OpStatus
-from flexkv_core.types import BlockIds, Direction, Slots, Tier, TokenIds
+from flexkv_core.types import Direction, Slots, Tier
 
 NO_STATUSES: Statuses = np.empty(0, np.uint32)
 _NO_SLOTS: Slots = np.empty(0, np.int32)
@@ -73,7 +73,7 @@ OnDone = Callable[[TaskDone], None]
 class Task:
     """One get or put. The blocks that move are ``start_block`` … ``start_block + len(slots) - 1`` of the sequence.
 
-    ``tokens`` is the length of the whole sequence, 0 for a task by keys. ``ok`` is bool [blocks that move], all False until the end.
+    ``ok`` is bool [blocks that move], all False until the end. ``on_done`` is told once.
     """
 
     task_id: int
@@ -82,8 +82,7 @@ class Task:
     start_block: int
     keys: bytes
     slots: Slots
-    tokens: int
-    on_done: OnDone | None = None
+    on_done: OnDone
     purpose: Purpose = Purpose.GET
     wrong: npt.NDArray[np.bool_] | None = None  # of a check: bool [blocks], compared and found different
     mismatches: tuple[Mismatch, ...] = ()
@@ -133,80 +132,6 @@ class Task:
     def forget_plan(self) -> None:
         """Let go of what only a task under way needs: it may be long before its caller asks for the response."""
         self.plan, self.keys, self.slots = None, b"", _NO_SLOTS
-
-    def mask(self, blocks: int, tokens_per_block: int) -> npt.NDArray[np.bool_]:
-        """bool [tokens], True for the first ``blocks`` of the blocks that move."""
-        mask = np.zeros(self.tokens, np.bool_)
-        if self.status is not KVResponseStatus.CANCELLED:
-            mask[self.start_block * tokens_per_block : (self.start_block + blocks) * tokens_per_block] = True
-        return mask
-
-    def device_blocks(
-        self, slot_mapping: npt.NDArray[np.int64], tokens_per_block: int, device_block_tokens: int
-    ) -> BlockIds:
-        """int64 [blocks]: device blocks of the tokens that move, from the places of all tokens or of just these.
-
-        Raises:
-            ValueError: another length, or places that do not follow device blocks.
-        """
-        wanted = self.block_count * tokens_per_block
-        if len(slot_mapping) != wanted:
-            if len(slot_mapping) != self.tokens:
-                raise ValueError(
-                    f"slot_mapping of task {self.task_id} has {len(slot_mapping)} entries; expected {wanted} (the mask's tokens)"
-                    f" or {self.tokens} (all tokens)"
-                )
-            start = self.start_block * tokens_per_block
-            slot_mapping = slot_mapping[start : start + wanted]
-        first, last = (
-            slot_mapping[::device_block_tokens],
-            slot_mapping[device_block_tokens - 1 :: device_block_tokens],
-        )
-        if (
-            (first % device_block_tokens).any()
-            or (last - first != device_block_tokens - 1).any()
-            or (first < 0).any()
-        ):
-            raise ValueError(
-                f"slot_mapping of task {self.task_id} does not follow blocks of {device_block_tokens} tokens: each must begin at a"
-                " multiple and count up"
-            )
-        return np.ascontiguousarray(first // device_block_tokens)
-
-
-def token_array(token_ids: TokenIds) -> TokenIds:
-    """``token_ids`` as a contiguous array.
-
-    Raises:
-        ValueError: not int32 or int64, or not one dimension.
-    """
-    tokens = np.ascontiguousarray(token_ids)
-    if tokens.ndim != 1 or tokens.dtype not in (np.int32, np.int64):
-        raise ValueError(
-            f"token_ids: found {tokens.dtype} of shape {tokens.shape}; expected int32 or int64, one dimension"
-        )
-    return tokens
-
-
-def first_true(mask: npt.NDArray[np.bool_] | None, tokens: int) -> int:
-    """Place of the mask's first True; 0 without a mask, ``tokens`` without a True."""
-    if mask is None:
-        return 0
-    _check_mask(mask, tokens)
-    return int(mask.argmax()) if mask.any() else tokens
-
-
-def last_true(mask: npt.NDArray[np.bool_], tokens: int) -> int:
-    """One past the mask's last True; 0 without one."""
-    _check_mask(mask, tokens)
-    return tokens - int(mask[::-1].argmax()) if mask.any() else 0
-
-
-def _check_mask(mask: npt.NDArray[np.bool_], tokens: int) -> None:
-    if mask.shape != (tokens,) or mask.dtype != np.bool_:
-        raise ValueError(
-            f"token_mask: found {mask.dtype} of shape {mask.shape}; expected bool of shape ({tokens},)"
-        )
 
 
 def prefix_length(ok: npt.NDArray[np.bool_]) -> int:

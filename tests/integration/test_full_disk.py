@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from flexkv_core.block_manager import BlockManager
 from flexkv_core.cli.torture.device import NumpyDevice
 from flexkv_core.cli.torture.load import (
     CHAIN_BLOCKS_MAX,
@@ -27,7 +28,6 @@ from flexkv_core.cli.torture.load import (
 )
 from flexkv_core.config import FlexKVConfig
 from flexkv_core.errors import CapacityError, StorageError
-from flexkv_core.manager import KVManager
 from flexkv_core.ssd_link import PAUSE_MAX_S
 from flexkv_core.types import Tier
 from tests.integration.test_write_behind import wait_until
@@ -164,7 +164,7 @@ def test_a_start_that_finds_no_room_at_all_keeps_what_there_is(disk: Path) -> No
     manager.shutdown()
 
 
-def put_chains(manager: KVManager, device: NumpyDevice) -> int:
+def put_chains(manager: BlockManager, device: NumpyDevice) -> int:
     """How many blocks are on the SSD."""
     client = Client(manager, device, 0)
     for chain in range(CHAINS):

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from flexkv_core.block_manager import BlockManager
 from flexkv_core.cli.torture.load import CHAIN_BLOCKS_MAX, Client, chain_keys, make_manager, settings
 from flexkv_core.errors import FlexKVError
-from flexkv_core.manager import KVManager
 
 
-def written(manager: KVManager) -> int:
+def written(manager: BlockManager) -> int:
     return int(manager.counters().ssd_written_blocks)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from flexkv_core import ssd_link
+from flexkv_core.block_manager import BlockManager
 from flexkv_core.cli.torture.device import BLOCK_BYTES
 from flexkv_core.cli.torture.flips import flip_bit
 from flexkv_core.cli.torture.load import (
@@ -23,7 +24,6 @@ from flexkv_core.cli.torture.load import (
     make_manager,
     settings,
 )
-from flexkv_core.manager import KVManager
 from flexkv_core.types import Tier
 
 CHAINS = 6
@@ -36,14 +36,14 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 20) -> None:
         time.sleep(0.01)
 
 
-def on_ssd(manager: KVManager) -> int:
+def on_ssd(manager: BlockManager) -> int:
     with manager._changed:
         index = manager._cache.index
         raw = [index.slots(run, Tier.SSD) for run in index.runs()]
     return sum(int((np.frombuffer(slots, np.int32) >= 0).sum()) for slots in raw if slots)
 
 
-def storage_pid(manager: KVManager) -> int:
+def storage_pid(manager: BlockManager) -> int:
     assert manager._ssd is not None
     return manager._ssd.pid
 

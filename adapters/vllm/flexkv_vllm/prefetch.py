@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 
-from flexkv_core.manager import KVManager
+from flexkv_core.block_manager import BlockManager
 from flexkv_core.tasks import TaskDone
 from flexkv_core.types import KEY_BYTES
 
@@ -51,7 +51,7 @@ class Prefetcher:
     """
 
     def __init__(
-        self, manager: KVManager, report: Callable[[Callable[[], None]], None], timeout_s: float
+        self, manager: BlockManager, report: Callable[[Callable[[], None]], None], timeout_s: float
     ) -> None:
         self._manager = manager
         self._report = report

@@ -1,6 +1,6 @@
 """The connector's scheduler side: what to load, what to store, and which blocks must not be freed yet.
 
-It knows requests and steps; what is cached and where is the KVManager's business. All methods run on the scheduler's thread. A load is
+It knows requests and steps; what is cached and where is the BlockManager's business. All methods run on the scheduler's thread. A load is
 asynchronous: the request waits outside the batch. A store of a step's full blocks starts after the step's forward; the blocks stay
 the request's until it has ended, because a finished request is held back and a preemption waits.
 """
@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from flexkv_core.block_manager import BlockManager, ModelConfig
 from flexkv_core.config import FlexKVConfig
 from flexkv_core.keys import KeyChain, namespace_root
-from flexkv_core.manager import KVManager, ModelConfig
 from flexkv_core.tasks import KVResponseStatus, Purpose, TaskDone, prefix_length
 from flexkv_core.transfer.plan import TransferOp
 from flexkv_core.types import KEY_BYTES, Direction
@@ -98,7 +98,7 @@ class SchedulerSide:
             layout,
             replica=vllm_config.parallel_config.data_parallel_index,
         )
-        self.manager = KVManager(model, config, self._executor, track_events=self.events.enabled)
+        self.manager = BlockManager(model, config, self._executor, track_events=self.events.enabled)
         self.manager.start()
         self._counters = self.manager.counters()
         self._requests: dict[str, _RequestState] = {}

@@ -1,4 +1,4 @@
-"""The executor behind vLLM's KVManager: ops ride on the metadata of the next step and are run by the workers.
+"""The executor behind vLLM's BlockManager: ops ride on the metadata of the next step and are run by the workers.
 
 Runs in the scheduler's process and thread. An op has ended when every rank has reported it.
 """

@@ -27,6 +27,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from flexkv_core.block_manager import BlockManager
 from flexkv_core.cli.torture.device import NumpyDevice
 from flexkv_core.cli.torture.disk import Image, take_image
 from flexkv_core.cli.torture.ledger import Ledger, Word
@@ -41,7 +42,6 @@ from flexkv_core.cli.torture.load import (
 )
 from flexkv_core.cli.torture.observer import install
 from flexkv_core.config import FlexKVConfig, cache_dir
-from flexkv_core.manager import KVManager
 from flexkv_core.storage.base import key_words
 from flexkv_core.types import KEY_BYTES
 
@@ -248,7 +248,7 @@ def _book(ledger: Ledger, load: Load) -> None:
     ledger.words[Word.WRONG] += tally.wrong
 
 
-def _read_back(manager: KVManager, device: NumpyDevice, image: Image, ledger: Ledger) -> None:
+def _read_back(manager: BlockManager, device: NumpyDevice, image: Image, ledger: Ledger) -> None:
     """Get every block of every chain once."""
     client = Client(manager, device, THREADS * CHAIN_BLOCKS_MAX)
     seen: set[bytes] = set()

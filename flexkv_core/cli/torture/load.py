@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from flexkv_core import native
+from flexkv_core.block_manager import BlockManager, ModelConfig
 from flexkv_core.cli.torture.device import BLOCK_TOKENS, LAYOUT, NumpyDevice, wrong_bytes
 from flexkv_core.config import FlexKVConfig
-from flexkv_core.manager import KVManager, ModelConfig
 from flexkv_core.storage.catalog import catalog_bytes
 from flexkv_core.storage.memory import HUGE_PAGE_BYTES
 from flexkv_core.tasks import TaskDone
@@ -63,7 +63,7 @@ class Tally:
 class Client:
     """Puts and gets by keys, one task at a time, with device blocks of its own: number ``first`` to ``first + CHAIN_BLOCKS_MAX - 1``."""
 
-    def __init__(self, manager: KVManager, device: NumpyDevice, first: int) -> None:
+    def __init__(self, manager: BlockManager, device: NumpyDevice, first: int) -> None:
         self.tally = Tally()
         self._manager = manager
         self._device = device
@@ -109,7 +109,7 @@ class Client:
 class Load:
     """THREADS threads without a pause. An error in one of them ends it and is raised by :meth:`stop`."""
 
-    def __init__(self, manager: KVManager, device: NumpyDevice, seed: int, chains: int = CHAINS) -> None:
+    def __init__(self, manager: BlockManager, device: NumpyDevice, seed: int, chains: int = CHAINS) -> None:
         self._manager = manager
         self._chains = chains
         self._stop = threading.Event()
@@ -150,15 +150,15 @@ class Load:
             self._errors.append(error)
 
 
-def make_manager(config: FlexKVConfig, replica: int = 0) -> tuple[KVManager, NumpyDevice]:
+def make_manager(config: FlexKVConfig, replica: int = 0) -> tuple[BlockManager, NumpyDevice]:
     """A manager that has been started, and the device that it copies from and to."""
     device = NumpyDevice((THREADS + 1) * CHAIN_BLOCKS_MAX)
-    manager = KVManager(ModelConfig(_IDENTITY, LAYOUT, replica), config, device)
+    manager = BlockManager(ModelConfig(_IDENTITY, LAYOUT, replica), config, device)
     manager.start()
     return manager, device
 
 
-def leaked_slots(manager: KVManager, timeout_s: float = 20.0) -> int:
+def leaked_slots(manager: BlockManager, timeout_s: float = 20.0) -> int:
     """Slots of all tiers that are taken and that no block in the index has, once no task runs and nothing is written; nobody may start
     a task. (Write-behind starts by itself, so this is looked at under the lock.)
 

@@ -21,6 +21,7 @@ from typing import Annotated
 
 import typer
 
+from flexkv_core.block_manager import BlockManager
 from flexkv_core.cli.torture.device import NumpyDevice
 from flexkv_core.cli.torture.flips import Account, FlipLedger, flip_anywhere
 from flexkv_core.cli.torture.load import (
@@ -35,7 +36,6 @@ from flexkv_core.cli.torture.load import (
 )
 from flexkv_core.cli.torture.observer import install
 from flexkv_core.config import cache_dir
-from flexkv_core.manager import KVManager
 from flexkv_core.storage.directory import CATALOG_NAME, DATA_NAME
 
 COUNTS = (1, 10, 1000)
@@ -127,7 +127,7 @@ class MediaTest:
         self.verdict.flips_in_catalog += 2 * count
 
     @contextmanager
-    def _manager(self, scrub: bool) -> Iterator[tuple[KVManager, NumpyDevice]]:
+    def _manager(self, scrub: bool) -> Iterator[tuple[BlockManager, NumpyDevice]]:
         rate = SCRUB_BYTES_PER_S if scrub else 0
         config = settings(self._directories, SSD_SLOTS, HOST_SLOTS, scrub_bytes_per_s=rate)
         manager, device = make_manager(config)
@@ -137,7 +137,7 @@ class MediaTest:
         finally:
             manager.shutdown()
 
-    def _fill(self, manager: KVManager, device: NumpyDevice) -> Load:
+    def _fill(self, manager: BlockManager, device: NumpyDevice) -> Load:
         """A load, once the tier is as good as full."""
         load = Load(manager, device, self._rng.randrange(1 << 30), CHAINS)
         deadline = time.monotonic() + FILL_S
@@ -147,7 +147,7 @@ class MediaTest:
             time.sleep(0.01)
         return load
 
-    def _read_all(self, manager: KVManager, device: NumpyDevice) -> None:
+    def _read_all(self, manager: BlockManager, device: NumpyDevice) -> None:
         client = Client(manager, device, THREADS * CHAIN_BLOCKS_MAX)
         for chain in range(CHAINS):
             client.get(chain_keys(manager.root, chain))

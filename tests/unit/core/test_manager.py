@@ -26,7 +26,7 @@ def manager(device: Device) -> KVManager:
     manager = device.manager()
     yield manager
     device.copier.hold.set()
-    manager.check_integrity()
+    manager.blocks.check_integrity()
     manager.shutdown()
 
 
@@ -151,7 +151,7 @@ def test_flipped_bit_is_a_miss_and_the_block_leaves(manager: KVManager, device: 
     ids = tokens(4)
     put(manager, device, ids, [1, 2, 3, 4])
     task, _ = manager.get_match(ids)
-    slot = int(manager._tasks[task].slots[2])
+    slot = int(manager.blocks._tasks[task].slots[2])
     manager.cancel(task)
     corrupt(manager, slot)
     assert load(manager, device, ids, [5, 6, 7, 8]) == 2
@@ -166,7 +166,7 @@ def test_swapped_slots_are_noticed(manager: KVManager, device: Device) -> None:
     ids = tokens(2)
     put(manager, device, ids, [1, 2])
     task, _ = manager.get_match(ids)
-    first, second = manager._tasks[task].slots
+    first, second = manager.blocks._tasks[task].slots
     manager.cancel(task)
     import ctypes
 
@@ -216,7 +216,7 @@ def test_prefix_longer_than_the_pool_stores_what_fits(device: Device) -> None:
     put(manager, device, ids, list(range(10)))
     assert load(manager, device, ids, list(range(20, 30))) == 4
     assert manager.counters().dropped_blocks == 6
-    manager.check_integrity()
+    manager.blocks.check_integrity()
     manager.shutdown()
 
 
@@ -244,10 +244,10 @@ def test_part_of_a_larger_block_is_left_alone(device: Device) -> None:
     manager.wait(manager.put_async(ids, places(list(range(8)))))
     keys, done = hash_tokens(manager.root, ids, 4 * BLOCK_TOKENS), threading.Event()
     for start, skipped in ((0, 1), (1, 3)):
-        task, count = manager.get_keys(keys, start, lambda _: done.set())
+        task, count = manager.blocks.get_keys(keys, start, lambda _: done.set())
         wanted = np.arange(20, 20 + 4 * count)
         wanted[:skipped] = -1
-        manager.launch_blocks(task, wanted)
+        manager.blocks.launch_blocks(task, wanted)
         assert done.wait(10)
         done.clear()
         for place in range(4 * count):
@@ -330,6 +330,6 @@ def test_threads_get_only_what_was_put(device: Device) -> None:
     for thread in threads:
         thread.join()
     assert not errors
-    manager.check_integrity()
+    manager.blocks.check_integrity()
     assert manager.counters().loaded_blocks > 50
     manager.shutdown()
