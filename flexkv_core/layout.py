@@ -77,15 +77,18 @@ class DeviceSegments:
         strides: int64 [segments], bytes from a block's piece to the next block's; 0 where all blocks share one spare piece.
         piece_bytes: bytes of a piece.
         block_count: blocks that exist; ids are ``0 … block_count - 1``.
+        layers: int64 [segments], the layer that each segment belongs to, counted from 0 in the order in which the engine reads them;
+            every number occurs. None: not known, all segments count as one layer.
 
     Raises:
-        LayoutError: shapes differ, or a stride is smaller than a piece (blocks would overlap).
+        LayoutError: shapes differ, a stride is smaller than a piece (blocks would overlap), or a layer has no segment.
     """
 
     addresses: npt.NDArray[np.int64]
     strides: npt.NDArray[np.int64]
     piece_bytes: int
     block_count: int
+    layers: npt.NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
         if self.addresses.ndim != 1 or self.addresses.shape != self.strides.shape or not len(self.addresses):
@@ -103,8 +106,29 @@ class DeviceSegments:
                 f"segments: found a stride of {int(self.strides[overlapping].min())} bytes; expected at least the piece's"
                 f" {self.piece_bytes}"
             )
+        if self.layers is not None and (
+            self.layers.shape != self.addresses.shape
+            or not np.array_equal(np.unique(self.layers), np.arange(self.layer_count))
+        ):
+            raise LayoutError(
+                f"segments: found layers {self.layers.tolist()} of {len(self.addresses)} segments; expected one a segment, and all from"
+                " 0 on"
+            )
 
     @property
     def block_bytes(self) -> int:
         """Bytes of one block in all segments."""
         return len(self.addresses) * self.piece_bytes
+
+    @property
+    def layer_count(self) -> int:
+        """Layers that a load layer by layer has."""
+        return 1 if self.layers is None else int(self.layers.max()) + 1
+
+    def runs_of(self, layer: int) -> list[slice]:
+        """The segments of a layer, as few runs of neighbours, which lie side by side in a slot as well."""
+        if self.layers is None:
+            return [slice(0, len(self.addresses))]
+        indices = np.flatnonzero(self.layers == layer)
+        parts = np.split(indices, np.flatnonzero(np.diff(indices) != 1) + 1)
+        return [slice(int(part[0]), int(part[-1]) + 1) for part in parts]

@@ -15,6 +15,7 @@ Where the device held the blocks before a wrong one was stored, the right block 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -107,6 +108,13 @@ class ShadowCopier:
                 ok[start + place] = self._agree(slot, place)
         self._wrong.setdefault(op.op_id, set()).update(op.slots[~ok].tolist())
         return ok
+
+    def scatter_layers(self, op: TransferOp, after: object, on_layer: Callable[[object], None]) -> None:
+        """A check compares whole blocks; raises TransferError."""
+        raise TransferError("a shadow copier compares whole blocks")
+
+    def follow(self, layer: object) -> None:
+        """Nothing is loaded here."""
 
     def take_wrong(self, op: TransferOp) -> npt.NDArray[np.bool_]:
         """bool [n]: which slots of an op that has ended were compared and found wrong."""

@@ -58,6 +58,7 @@ def gather(
     slot_count: int,
     blocks_per_slot: int = 1,
     shard_offset: int = 0,
+    image_stride: int = 0,
 ) -> None:
     """Copy paged blocks into slots.
 
@@ -66,9 +67,13 @@ def gather(
         from  segment_addrs[s] + blocks[i * k + j] * block_strides[s]
         to    slot_base + slots[i] * slot_stride + shard_offset + (j * S + s) * piece_bytes
 
-    so that a slot's image is k * S * piece_bytes contiguous bytes. segment_addrs, block_strides: int64, shape [S]. blocks: ids, shape
+    so that a slot's image is k * S * piece_bytes contiguous bytes; with an image_stride (S * piece_bytes at least), to
+
+              slot_base + slots[i] * slot_stride + shard_offset + j * image_stride + s * piece_bytes
+
+    which serves some of the segments of slots that hold more. segment_addrs, block_strides: int64, shape [S]. blocks: ids, shape
     [n * k], each in [0, block_count). slots: ids, shape [n], each in [0, slot_count). All ids are checked before a byte is copied;
-    the IndexError names position and value. shard_offset plus the image may not exceed slot_stride.
+    the IndexError names position and value. No byte may lie beyond slot_stride (ValueError).
     """
 
 def scatter(
@@ -83,6 +88,7 @@ def scatter(
     slot_count: int,
     blocks_per_slot: int = 1,
     shard_offset: int = 0,
+    image_stride: int = 0,
 ) -> None:
     """Copy slots into paged blocks: gather's arguments, the other way."""
 

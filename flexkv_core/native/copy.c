@@ -12,7 +12,7 @@
 /* Arguments as they were given. */
 typedef struct {
     PyObject *segments, *strides, *blocks, *slots, *keys, *crcs, *ok;
-    Py_ssize_t piece_bytes, block_count, slot_stride, slot_count, blocks_per_slot, shard_offset;
+    Py_ssize_t piece_bytes, block_count, slot_stride, slot_count, blocks_per_slot, shard_offset, image_stride;
     long long slot_base;
 } arguments;
 
@@ -20,7 +20,9 @@ typedef struct {
 typedef struct {
     fk_buffer segments, strides, block_ids, slot_ids, keys, crcs, ok;
     int64_t *blocks, *slots; /* [slot_count * blocks_per_slot], [slot_count] */
-    size_t slot_count, blocks_per_slot, segment_count, piece_bytes, image_bytes;
+    size_t slot_count, blocks_per_slot, segment_count, piece_bytes;
+    size_t image_stride; /* from one device block's pieces in a slot to the next one's */
+    size_t image_bytes;  /* of a slot, that are copied */
     int64_t slot_base, slot_stride;
     int is_stream;
 } transfer;
@@ -46,19 +48,23 @@ static uint32_t key_state(const transfer *t, size_t i) {
 static uint32_t image_state(const transfer *t, size_t i) { return fk_active->crc(key_state(t, i), image_at(t, i), t->image_bytes); }
 
 static uint32_t gather_slot(const transfer *t, size_t i, fk_move move, uint32_t state) {
-    uint8_t *to = image_at(t, i);
-    for (size_t block = i * t->blocks_per_slot; block < (i + 1) * t->blocks_per_slot; block++)
+    uint8_t *image = image_at(t, i);
+    for (size_t block = i * t->blocks_per_slot; block < (i + 1) * t->blocks_per_slot; block++, image += t->image_stride) {
+        uint8_t *to = image;
         for (size_t s = 0; s < t->segment_count; s++, to += t->piece_bytes)
             state = move(to, piece_at(t, block, s), t->piece_bytes, state, piece_after(t, block, s));
+    }
     return state;
 }
 
 static void scatter_slot(const transfer *t, size_t i, fk_move move) {
-    const uint8_t *from = image_at(t, i), *end = from + t->image_bytes;
-    const uint8_t *next_image = image_at(t, i + (i + 1 < t->slot_count));
-    for (size_t block = i * t->blocks_per_slot; block < (i + 1) * t->blocks_per_slot; block++)
+    const uint8_t *image = image_at(t, i), *next_slot = image_at(t, i + (i + 1 < t->slot_count));
+    for (size_t j = 0; j < t->blocks_per_slot; j++, image += t->image_stride) {
+        const uint8_t *from = image, *next = j + 1 < t->blocks_per_slot ? image + t->image_stride : next_slot;
         for (size_t s = 0; s < t->segment_count; s++, from += t->piece_bytes)
-            move(piece_at(t, block, s), from, t->piece_bytes, 0, from + t->piece_bytes < end ? from + t->piece_bytes : next_image);
+            move(piece_at(t, i * t->blocks_per_slot + j, s), from, t->piece_bytes, 0,
+                 s + 1 < t->segment_count ? from + t->piece_bytes : next);
+    }
 }
 
 static Py_ssize_t run_gather(const transfer *t) {
@@ -118,7 +124,7 @@ static Py_ssize_t run_scatter_verify(const transfer *t) {
 
 /* Sizes that fit: sets the counts of a transfer whose buffers are open. */
 static int check_sizes(transfer *t, const arguments *given) {
-    Py_ssize_t blocks, pieces, image, segments = t->segments.length;
+    Py_ssize_t blocks, pieces, image, row, extent, segments = t->segments.length;
     if (!fk_expect_length("block_strides", t->strides.length, segments))
         return 0;
     if (given->piece_bytes < 0)
@@ -127,12 +133,18 @@ static int check_sizes(transfer *t, const arguments *given) {
         return PyErr_Format(PyExc_ValueError, "blocks_per_slot is %zd, expected at least 1", given->blocks_per_slot), 0;
     if (__builtin_mul_overflow(t->slot_ids.length, given->blocks_per_slot, &blocks) ||
         __builtin_mul_overflow(given->blocks_per_slot, segments, &pieces) ||
-        __builtin_mul_overflow(pieces, given->piece_bytes, &image))
+        __builtin_mul_overflow(pieces, given->piece_bytes, &image) || __builtin_mul_overflow(segments, given->piece_bytes, &row) ||
+        __builtin_mul_overflow(given->blocks_per_slot - 1, given->image_stride ? given->image_stride : row, &extent) ||
+        __builtin_add_overflow(extent, row, &extent))
         return PyErr_SetString(PyExc_ValueError, "the sizes of the transfer overflow"), 0;
     if (!fk_expect_length("blocks", t->block_ids.length, blocks))
         return 0;
-    if (given->shard_offset < 0 || given->shard_offset > given->slot_stride || image > given->slot_stride - given->shard_offset)
-        return PyErr_Format(PyExc_ValueError, "an image of %zd bytes at shard_offset %zd does not lie in a slot of %zd bytes", image,
+    if (given->image_stride && given->image_stride < row)
+        return PyErr_Format(PyExc_ValueError, "image_stride is %zd, expected 0 or at least the %zd bytes of a block's pieces",
+                            given->image_stride, row),
+               0;
+    if (given->shard_offset < 0 || given->shard_offset > given->slot_stride || extent > given->slot_stride - given->shard_offset)
+        return PyErr_Format(PyExc_ValueError, "an image of %zd bytes at shard_offset %zd does not lie in a slot of %zd bytes", extent,
                             given->shard_offset, given->slot_stride),
                0;
     t->slot_count = (size_t)t->slot_ids.length;
@@ -140,6 +152,7 @@ static int check_sizes(transfer *t, const arguments *given) {
     t->segment_count = (size_t)segments;
     t->piece_bytes = (size_t)given->piece_bytes;
     t->image_bytes = (size_t)image;
+    t->image_stride = (size_t)(given->image_stride ? given->image_stride : row);
     t->slot_base = given->slot_base + given->shard_offset;
     t->slot_stride = given->slot_stride;
     return 1;
@@ -200,9 +213,10 @@ static Py_ssize_t execute(const arguments *given, Py_ssize_t (*run)(const transf
 #define SHAPE_AT(a) &(a).blocks_per_slot, &(a).shard_offset
 
 static PyObject *copy_only(PyObject *args, PyObject *kwargs, Py_ssize_t (*run)(const transfer *)) {
-    static char *names[] = {GEOMETRY, "blocks_per_slot", "shard_offset", NULL};
+    static char *names[] = {GEOMETRY, "blocks_per_slot", "shard_offset", "image_stride", NULL};
     arguments given = {.blocks_per_slot = 1};
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOnOnLnOn|nn", names, GEOMETRY_AT(given), SHAPE_AT(given)))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOnOnLnOn|nnn", names, GEOMETRY_AT(given), SHAPE_AT(given),
+                                     &given.image_stride))
         return NULL;
     if (execute(&given, run) < 0)
         return NULL;

@@ -96,9 +96,10 @@ def gather(
     slot_count: int,
     blocks_per_slot: int = 1,
     shard_offset: int = 0,
+    image_stride: int = 0,
 ) -> None:
     """Copy paged blocks into slots; see ``_native.pyi``."""
-    paging = _Paging.of(segment_addrs, block_strides, piece_bytes, block_count, blocks_per_slot)
+    paging = _Paging.of(segment_addrs, block_strides, piece_bytes, block_count, blocks_per_slot, image_stride)
     pool = _Pool(slot_base, slot_stride, slot_count, shard_offset)
     block_ids, slot_ids = _checked_ids(paging, pool, blocks, slots)
     for i in range(len(slot_ids)):
@@ -117,9 +118,10 @@ def scatter(
     slot_count: int,
     blocks_per_slot: int = 1,
     shard_offset: int = 0,
+    image_stride: int = 0,
 ) -> None:
     """Copy slots into paged blocks; see ``_native.pyi``."""
-    paging = _Paging.of(segment_addrs, block_strides, piece_bytes, block_count, blocks_per_slot)
+    paging = _Paging.of(segment_addrs, block_strides, piece_bytes, block_count, blocks_per_slot, image_stride)
     pool = _Pool(slot_base, slot_stride, slot_count, shard_offset)
     block_ids, slot_ids = _checked_ids(paging, pool, blocks, slots)
     for i in range(len(slot_ids)):
@@ -197,6 +199,7 @@ class _Paging:
     piece_bytes: int
     block_count: int
     blocks_per_slot: int
+    image_stride: int  # from one device block's pieces in a slot to the next one's
 
     @classmethod
     def of(
@@ -206,6 +209,7 @@ class _Paging:
         piece_bytes: int,
         block_count: int,
         blocks_per_slot: int,
+        image_stride: int = 0,
     ) -> _Paging:
         int64 = (np.dtype(np.int64),)
         addrs = _array(segment_addrs, "segment_addrs", int64).tolist()
@@ -215,18 +219,24 @@ class _Paging:
             raise ValueError(f"piece_bytes is {piece_bytes}, expected not negative")
         if blocks_per_slot < 1:
             raise ValueError(f"blocks_per_slot is {blocks_per_slot}, expected at least 1")
-        return cls(tuple(addrs), tuple(strides), piece_bytes, block_count, blocks_per_slot)
+        row = len(addrs) * piece_bytes
+        if image_stride and image_stride < row:
+            raise ValueError(
+                f"image_stride is {image_stride}, expected 0 or at least the {row} bytes of a block's pieces"
+            )
+        shape = (piece_bytes, block_count, blocks_per_slot, image_stride or row)
+        return cls(tuple(addrs), tuple(strides), *shape)
 
     @property
     def image_bytes(self) -> int:
-        """Contiguous bytes of one slot's image."""
-        return self.blocks_per_slot * len(self.segment_addrs) * self.piece_bytes
+        """Bytes from the first to the last of one slot's image."""
+        return (self.blocks_per_slot - 1) * self.image_stride + len(self.segment_addrs) * self.piece_bytes
 
-    def pieces(self, block_ids: _Array) -> Iterator[int]:
-        """Addresses of the pieces of one image, in the image's order."""
-        for block in block_ids.tolist():
-            for addr, stride in zip(self.segment_addrs, self.block_strides, strict=True):
-                yield addr + block * stride
+    def pieces(self, block_ids: _Array) -> Iterator[tuple[int, int]]:
+        """Address of each piece of one image, and where in the image it lies."""
+        for place, block in enumerate(block_ids.tolist()):
+            for index, (addr, stride) in enumerate(zip(self.segment_addrs, self.block_strides, strict=True)):
+                yield addr + block * stride, place * self.image_stride + index * self.piece_bytes
 
 
 @dataclass(frozen=True)
@@ -265,15 +275,15 @@ def _checked_ids(paging: _Paging, pool: _Pool, blocks: Any, slots: Any) -> tuple
 def _gather_slot(paging: _Paging, pool: _Pool, block_ids: _Array, slot_ids: _Array, i: int) -> None:
     k, size = paging.blocks_per_slot, paging.piece_bytes
     image = pool.image_addr(int(slot_ids[i]))
-    for at, addr in enumerate(paging.pieces(block_ids[i * k : (i + 1) * k])):
-        ctypes.memmove(image + at * size, addr, size)
+    for addr, at in paging.pieces(block_ids[i * k : (i + 1) * k]):
+        ctypes.memmove(image + at, addr, size)
 
 
 def _scatter_slot(paging: _Paging, pool: _Pool, block_ids: _Array, slot_ids: _Array, i: int) -> None:
     k, size = paging.blocks_per_slot, paging.piece_bytes
     image = pool.image_addr(int(slot_ids[i]))
-    for at, addr in enumerate(paging.pieces(block_ids[i * k : (i + 1) * k])):
-        ctypes.memmove(addr, image + at * size, size)
+    for addr, at in paging.pieces(block_ids[i * k : (i + 1) * k]):
+        ctypes.memmove(addr, image + at, size)
 
 
 def _image_crc(paging: _Paging, pool: _Pool, slot: int, key: _Array) -> int:

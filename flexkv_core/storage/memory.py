@@ -22,8 +22,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from flexkv_core import native
 from flexkv_core.errors import CapacityError
 from flexkv_core.layout import KVLayout
+from flexkv_core.types import Slots
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +113,15 @@ class HostSegment:
         except (OSError, ValueError) as error:
             os.close(fd)
             raise CapacityError(f"host segment of process {handle.pid} cannot be mapped: {error}") from error
+
+    def matches(self, slots: Slots, keys: bytes, shard: int) -> npt.NDArray[np.bool_]:
+        """bool [n]: whether the bytes of a shard of ``slots``, which hold ``keys`` (16 * n bytes), still have their checksums. Reads
+        them once; drops the GIL meanwhile."""
+        found = np.empty(len(slots), np.uint32)
+        offset, length = shard * self.layout.shard_bytes, self.layout.shard_bytes
+        native.crc32c_slots(self.address, self.layout.slot_bytes, offset, length, slots, keys, found)
+        matches: npt.NDArray[np.bool_] = found == self.checksums[slots, shard]
+        return matches
 
     def populate(self) -> None:
         """Fault the pages in on a thread of its own, so that the first transfers do not pay for it (about 0.4 s a GiB)."""

@@ -3,6 +3,7 @@
 A request waits for its load; nobody waits for a store. So a load that arrives while a large store runs is let in between two of the
 store's pieces. A load whose slots are still being filled from a lower tier is copied slot by slot as they arrive, while other ops run.
 A thread that has nothing to do but to wait for a load may copy pieces of it itself, see :meth:`TransferEngine.help`.
+A load with LAYERWISE delivery is checked in host memory first, and then copied layer by layer; see :meth:`TransferEngine.wait_layers`.
 The queue is bounded: what does not fit is reported as failed at once, which is a miss.
 """
 
@@ -14,15 +15,16 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from flexkv_core.storage.memory import HostSegment, arrival_mark
+from flexkv_core.transfer.layers import LayerProgress, LayerStatus
 from flexkv_core.transfer.pieces import Pieces
-from flexkv_core.transfer.plan import DeviceCopier, OpResult, OpStatus, TransferOp
+from flexkv_core.transfer.plan import Delivery, DeviceCopier, OpResult, OpStatus, TransferOp
 from flexkv_core.types import Direction
 
 logger = logging.getLogger(__name__)
@@ -52,6 +54,9 @@ class _Arriving:
     pending: npt.NDArray[np.intp]
     ok: npt.NDArray[np.bool_]
     seconds: float = 0.0
+    arrived: npt.NDArray[np.intp] = field(
+        default_factory=lambda: np.empty(0, np.intp)
+    )  # LAYERWISE: not copied yet
 
 
 class TransferEngine:
@@ -85,6 +90,7 @@ class TransferEngine:
         self._arriving: list[_Arriving] = []  # the thread's own
         self._unfinished: set[int] = set()
         self._pieces: Pieces | None = None  # of the load that is copied now
+        self._layers = LayerProgress()
         self._closed = False
         self._thread: threading.Thread | None = None
 
@@ -93,7 +99,7 @@ class TransferEngine:
         self._copier.bind(host, self._shard)
         self._piece_blocks = max(1, STORE_PIECE_BYTES // host.layout.shard_bytes)
         self._load_piece_blocks = max(1, LOAD_PIECE_BYTES // host.layout.shard_bytes)
-        self._arrivals = host.arrivals
+        self._host = host
         self._on_result = on_result
         self._thread = threading.Thread(target=self._work, name="flexkv-transfer", daemon=True)
         self._thread.start()
@@ -108,6 +114,8 @@ class TransferEngine:
                 assert op.op_id not in self._unfinished, op.op_id
                 queue[op.op_id] = queued
                 self._unfinished.add(op.op_id)
+                if op.delivery is Delivery.LAYERWISE:
+                    self._layers.begin(op.op_id)
                 self._changed.notify_all()
         if not accepted:
             self._on_result(_failed(op, OpStatus.FAILED))
@@ -123,6 +131,25 @@ class TransferEngine:
         """Wait until none of ``op_ids`` is queued or running; False when ``timeout_s`` passed first."""
         with self._changed:
             return self._changed.wait_for(lambda: self._unfinished.isdisjoint(op_ids), timeout_s)
+
+    @property
+    def layer_count(self) -> int:
+        """Layers of a layerwise load."""
+        return self._copier.segments.layer_count
+
+    def wait_layers(self, op_id: int, count: int, timeout_s: float) -> LayerStatus:
+        """Wait until the first ``count`` layers of a LAYERWISE load may be read, at most ``timeout_s`` seconds.
+
+        To be called on the thread that gives the device its work, any number of times for a load, also when it has ended (the last
+        1,024 are remembered; of older ones and of ops that were refused the answer is FAILED). With READY, what that thread gives the
+        device from now on reads the layers' bytes, all of them checked; on a GPU the device waits for that, not the thread. With FAILED
+        or LATE nothing may be read; a load that is LATE goes on to write to its blocks until it is reported. ``count`` 0 waits until all
+        blocks have passed their check.
+        """
+        status, layer = self._layers.wait(op_id, count, timeout_s)
+        if layer is not None:
+            self._copier.follow(layer)
+        return status
 
     def help(self, timeout_s: float) -> None:
         """Lend the calling thread to the load that runs or starts within ``timeout_s``; returns as well when an op has ended.
@@ -219,7 +246,13 @@ class TransferEngine:
     def _copy_in(self, load: _Arriving, indices: npt.NDArray[np.intp]) -> bool:
         """Copy the slots at ``indices`` to the device; report the load when nothing is pending. Whether it goes on."""
         op, started = load.item.op, time.monotonic()
-        if len(indices) and not self._attempt(op, partial(self._scatter, load, indices)):
+        scatter = self._scatter
+        if op.delivery is Delivery.LAYERWISE:
+            load.arrived = np.append(load.arrived, indices)
+            if len(load.pending):
+                return True
+            indices, scatter = np.sort(load.arrived), self._scatter_layers
+        if len(indices) and not self._attempt(op, partial(scatter, load, indices)):
             return False
         load.seconds += time.monotonic() - started
         if not len(load.pending):
@@ -229,18 +262,44 @@ class TransferEngine:
     def _scatter(self, load: _Arriving, indices: npt.NDArray[np.intp]) -> None:
         """Copy the slots at ``indices``, in pieces that a helping thread may take where the copier allows it."""
         op, after = load.item.op, load.item.after
-        if not self._copier.concurrent or len(indices) <= self._load_piece_blocks:
-            part = op if len(indices) == len(op.slots) else op.part(indices)
-            load.ok[indices] = self._copier.scatter(part, after, self._verify)
+        if not self._copier.concurrent:
+            load.ok[indices] = self._copier.scatter(op.part(indices), after, self._verify)
             return
 
-        size = self._load_piece_blocks
-
-        def copy(piece: int) -> None:
-            some = indices[piece * size : (piece + 1) * size]
+        def copy(some: npt.NDArray[np.intp]) -> None:
             load.ok[some] = self._copier.scatter(op.part(some), after, self._verify)
 
-        pieces = Pieces(-(-len(indices) // size), copy)
+        self._share(indices, copy)
+
+    def _scatter_layers(self, load: _Arriving, indices: npt.NDArray[np.intp]) -> None:
+        """Check the slots at ``indices``, in pieces that a helping thread may take, and copy what is whole layer by layer."""
+        op = load.item.op
+
+        def check(some: npt.NDArray[np.intp]) -> None:
+            part = op.part(some)
+            load.ok[some] = self._host.matches(part.slots, part.keys, self._shard)
+
+        if self._verify:
+            self._share(indices, check)
+        else:
+            load.ok[indices] = True
+        # Told now, not after the copy: a reader waits.
+        tell = self._layers.checked if load.ok.all() else self._layers.fail
+        tell(op.op_id)
+        whole = np.flatnonzero(load.ok)
+        if len(whole):
+            publish = partial(self._layers.publish, op.op_id)
+            self._copier.scatter_layers(op.part(whole), load.item.after, publish)
+
+    def _share(self, indices: npt.NDArray[np.intp], work: Callable[[npt.NDArray[np.intp]], None]) -> None:
+        """Call ``work`` with parts of ``indices``, here and on a thread that helps."""
+        size = self._load_piece_blocks
+        if len(indices) <= size:
+            work(indices)
+            return
+        pieces = Pieces(
+            -(-len(indices) // size), lambda piece: work(indices[piece * size : (piece + 1) * size])
+        )
         self._offer(pieces)
         try:
             pieces.finish()
@@ -258,7 +317,7 @@ class TransferEngine:
     def _advance(self, load: _Arriving) -> bool:
         """Copy what has arrived since the last look; whether the load goes on."""
         op = load.item.op
-        marks = self._arrivals[op.slots[load.pending]]
+        marks = self._host.arrivals[op.slots[load.pending]]
         arrived = marks == arrival_mark(op.op_id, ok=True)
         settled = arrived | (marks == arrival_mark(op.op_id, ok=False))
         late = time.monotonic() > load.item.deadline
@@ -271,6 +330,7 @@ class TransferEngine:
         return self._copy_in(load, indices)
 
     def _report(self, result: OpResult) -> None:
+        self._layers.end(result.op_id, whole=result.status is OpStatus.DONE and bool(result.ok.all()))
         try:
             self._on_result(result)
         finally:

@@ -15,6 +15,13 @@ from flexkv_core.storage.memory import HostSegment
 from flexkv_core.types import KEY_BYTES, BlockIds, Direction, Slots
 
 
+class Delivery(Enum):
+    """In which order a LOAD brings its bytes."""
+
+    WHOLE = "whole"  # block by block, checked on the way; the device may read when the op is reported
+    LAYERWISE = "layerwise"  # checked first, then layer by layer: the device may read a layer while the next ones are still coming
+
+
 @dataclass(frozen=True)
 class TransferOp:
     """Copies between device blocks and host slots.
@@ -26,7 +33,9 @@ class TransferOp:
         slots: int32 [n], host slots.
         blocks: int64 [n * blocks_per_slot], device blocks, those of slot *i* at ``i * blocks_per_slot``; in a LOAD, -1
             leaves that part of the slot out.
-        awaited: bool [n], in a LOAD: slots that are being read from a lower tier; each is copied when the segment's ``arrivals`` say so.
+        awaited: bool [n], in a LOAD: slots that are being read from a lower tier; each is copied when the segment's ``arrivals`` say so,
+            with LAYERWISE delivery when all have arrived.
+        delivery: of a LOAD. A STORE is WHOLE.
     """
 
     op_id: int
@@ -35,6 +44,7 @@ class TransferOp:
     slots: Slots
     blocks: BlockIds
     awaited: npt.NDArray[np.bool_] | None = None
+    delivery: Delivery = Delivery.WHOLE
 
     def __post_init__(self) -> None:
         assert len(self.keys) == KEY_BYTES * len(self.slots), (len(self.keys), len(self.slots))
@@ -46,7 +56,8 @@ class TransferOp:
         """The copies of some slots, in the order of ``indices``; nothing of it is awaited."""
         keys = np.frombuffer(self.keys, np.uint8).reshape(-1, KEY_BYTES)[indices].tobytes()
         blocks = self.blocks.reshape(len(self.slots), -1)[indices].ravel()
-        return TransferOp(self.op_id, self.direction, keys, self.slots[indices], blocks)
+        slots = self.slots[indices]
+        return TransferOp(self.op_id, self.direction, keys, slots, blocks, delivery=self.delivery)
 
 
 class OpStatus(Enum):
@@ -116,6 +127,15 @@ class DeviceCopier(Protocol):
     def scatter(self, op: TransferOp, after: object, verify: bool) -> npt.NDArray[np.bool_]:
         """Slots -> device blocks, once the device has passed ``after``; bool [n], False for a block whose bytes do not match their
         checksum (it is not copied). With ``verify`` False nothing is checked. Returns when the device may read the blocks."""
+
+    def scatter_layers(self, op: TransferOp, after: object, on_layer: Callable[[object], None]) -> None:
+        """Slots -> device blocks, once the device has passed ``after``, layer after layer of ``segments``: all blocks of layer 0, then of
+        layer 1, …; checks nothing. ``on_layer`` is called once a layer, in order, on this thread, when its copies have been given to the
+        device: with what :meth:`follow` takes, which stands for all layers so far (None where nothing is left to wait for). What it raises ends the copy. Returns when the device may read all of them, or when
+        nothing writes to the blocks any more."""
+
+    def follow(self, layer: object) -> None:
+        """What the calling thread, the engine's, gives the device from now on runs after the copies of a layer. Does not block."""
 
     def close(self) -> None:
         """Give back what ``bind`` took; a second call does nothing. No copy runs any more, and ``host`` is still mapped."""

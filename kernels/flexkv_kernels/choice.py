@@ -13,14 +13,16 @@ from flexkv_kernels.copier import CpuCopier
 from flexkv_kernels.segments import pieces_of
 
 
-def copier_for(tensors: Sequence[torch.Tensor], block_dim: int = 0) -> DeviceCopier:
+def copier_for(
+    tensors: Sequence[torch.Tensor], block_dim: int = 0, layers: Sequence[int] | None = None
+) -> DeviceCopier:
     """The copier of the device that ``tensors`` lie on, for any layout that :func:`~flexkv_kernels.segments.pieces_of` understands.
 
     Raises:
         LayoutError: what was found and what was expected; or a device without a copier.
         TransferError: the tensors are on a GPU whose driver cannot be used.
     """
-    return copier_over(pieces_of(tensors, block_dim), tensors[0].device, list(tensors))
+    return copier_over(pieces_of(tensors, block_dim, layers), tensors[0].device, list(tensors))
 
 
 def copier_over(segments: DeviceSegments, device: torch.device, keep_alive: object) -> DeviceCopier:

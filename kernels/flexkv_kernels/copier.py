@@ -6,7 +6,7 @@ The CPU's is here. The CUDA copier (own streams, events, pinned slots) in ``cuda
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -37,13 +37,15 @@ class CpuCopier:
         self._keep_alive = keep_alive
 
     @classmethod
-    def from_tensors(cls, tensors: Sequence[torch.Tensor], block_dim: int = 0) -> CpuCopier:
+    def from_tensors(
+        cls, tensors: Sequence[torch.Tensor], block_dim: int = 0, layers: Sequence[int] | None = None
+    ) -> CpuCopier:
         """One or more tensors a layer, of any layout that :func:`~flexkv_kernels.segments.pieces_of` understands.
 
         Raises:
             LayoutError: what was found and what was expected.
         """
-        segments = pieces_of(tensors, block_dim)
+        segments = pieces_of(tensors, block_dim, layers)
         if tensors[0].device.type != "cpu":
             raise LayoutError(f"KV tensors: found device {tensors[0].device}; expected cpu")
         return cls(segments, keep_alive=list(tensors))
@@ -93,6 +95,40 @@ class CpuCopier:
         arguments = self._arguments(op.slots, op.blocks)
         native.scatter_verify(**arguments, keys=op.keys, crc_expected=expected, ok_out=ok)
         return ok.view(np.bool_)
+
+    def scatter_layers(self, op: TransferOp, after: object, on_layer: Callable[[object], None]) -> None:
+        """Slots -> blocks, layer by layer; see the protocol."""
+        blocks = op.blocks.reshape(len(op.slots), -1)
+        for layer in range(self.segments.layer_count):
+            for run in self.segments.runs_of(layer):
+                self._scatter_run(op.slots, blocks, run)
+            on_layer(None)
+
+    def follow(self, layer: object) -> None:
+        """What was submitted is done."""
+
+    def _scatter_run(self, slots: Slots, blocks: npt.NDArray[np.int64], run: slice) -> None:
+        """Copy some neighbouring segments of ``blocks`` [slots, blocks_per_slot]; where negative they are left out."""
+        if (blocks < 0).any():
+            for place in range(blocks.shape[1]):
+                wanted = blocks[:, place] >= 0
+                native.scatter(**self._run_arguments(slots[wanted], blocks[wanted, place], run, place, 1))
+            return
+        native.scatter(**self._run_arguments(slots, blocks.ravel(), run, 0, blocks.shape[1]))
+
+    def _run_arguments(
+        self, slots: Slots, blocks: BlockIds, run: slice, place: int, blocks_per_slot: int
+    ) -> dict[str, Any]:
+        arguments, image_bytes = self._arguments(slots, blocks), self._host.layout.device_block_bytes
+        return arguments | {
+            "segment_addrs": self.segments.addresses[run],
+            "block_strides": self.segments.strides[run],
+            "blocks_per_slot": blocks_per_slot,
+            "shard_offset": arguments["shard_offset"]
+            + place * image_bytes
+            + run.start * self.segments.piece_bytes,
+            "image_stride": image_bytes,
+        }
 
     def _scatter_part(
         self, key: bytes, slot: int, blocks: npt.NDArray[np.int64], verify: bool

@@ -54,7 +54,11 @@ class CudaCopier(StreamCopier):
 
     @classmethod
     def from_tensors(
-        cls, tensors: Sequence[torch.Tensor], block_dim: int = 0, settings: CopierSettings | None = None
+        cls,
+        tensors: Sequence[torch.Tensor],
+        block_dim: int = 0,
+        settings: CopierSettings | None = None,
+        layers: Sequence[int] | None = None,
     ) -> CudaCopier:
         """One or more tensors a layer, of any layout that :func:`~flexkv_kernels.segments.pieces_of` understands.
 
@@ -62,7 +66,7 @@ class CudaCopier(StreamCopier):
             LayoutError: what was found and what was expected.
             TransferError: there is no CUDA driver.
         """
-        segments = pieces_of(tensors, block_dim)
+        segments = pieces_of(tensors, block_dim, layers)
         if tensors[0].device.type != "cuda":
             raise LayoutError(f"KV tensors: found device {tensors[0].device}; expected cuda")
         return cls(segments, tensors[0].device, settings, keep_alive=list(tensors))

@@ -66,6 +66,10 @@ class CudaStreams:
         """See the protocol."""
         self._streams[stream].wait_event(_cuda_event(event))
 
+    def follow(self, event: object, order: Order) -> None:
+        """See the protocol."""
+        torch.cuda.current_stream(self._device).wait_event(_cuda_event(event))
+
     def finish(self, event: object, timeout_s: float, order: Order) -> None:
         """Poll, because the driver's own wait has no deadline."""
         cuda_event, started = _cuda_event(event), time.monotonic()

@@ -114,11 +114,21 @@ class Paths:
             buffer.free = done
         return done
 
-    def _pieces(self, chunk: Chunk) -> tuple[Addresses, Addresses, Addresses]:
-        """Address of every piece, of its place in its image, and its size."""
+    def load_layer(self, chunk: Chunk, layer: int, after: object) -> object:
+        """One layer's pieces of the images -> blocks once ``after`` has passed, by DMA, behind the layers before; the event after which
+        the layer may be read."""
+        streams = self.streams
+        streams.wait(Stream.LOAD_DMA, after, Order.ENGINE_READ)
+        for run in self.segments.runs_of(layer):
+            pieces, images, sizes = self._pieces(chunk, run)
+            streams.copy(Stream.LOAD_DMA, images, pieces, sizes)
+        return streams.record(Stream.LOAD_DMA)
+
+    def _pieces(self, chunk: Chunk, run: slice = slice(None)) -> tuple[Addresses, Addresses, Addresses]:
+        """Address of every piece, of its place in its image, and its size; of the segments of ``run`` alone."""
         segments = self.segments
-        pieces = segments.addresses + chunk.blocks[:, None] * segments.strides
-        within = np.arange(len(segments.addresses), dtype=np.int64) * segments.piece_bytes
+        pieces = segments.addresses[run] + chunk.blocks[:, None] * segments.strides[run]
+        within = np.arange(len(segments.addresses), dtype=np.int64)[run] * segments.piece_bytes
         images = chunk.images[:, None] + within
         return pieces.ravel(), images.ravel(), np.full(pieces.size, segments.piece_bytes, np.int64)
 

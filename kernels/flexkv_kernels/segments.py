@@ -12,30 +12,40 @@ from flexkv_core.errors import LayoutError
 from flexkv_core.layout import DeviceSegments
 
 
-def pieces_of(tensors: Sequence[torch.Tensor], block_dim: int = 0) -> DeviceSegments:
-    """The segments of ``tensors``, each of any shape and on any one device; dimension ``block_dim`` counts the blocks.
+def pieces_of(
+    tensors: Sequence[torch.Tensor], block_dim: int = 0, layers: Sequence[int] | None = None
+) -> DeviceSegments:
+    """The segments of ``tensors``, each of any shape and on any one device; dimension ``block_dim`` counts the blocks. ``layers`` gives
+    each tensor's layer where they are not one a layer in order, as with K and V apart.
 
     A tensor whose blocks are not contiguous (K and V as ``[2, blocks, …]``, heads outside of blocks) gives one segment for each index
     of its outer dimensions, largest stride first. Pieces are as long as the tensors allow, and equally long in all of them.
 
     Raises:
-        LayoutError: no tensors, other devices, other numbers of blocks, or blocks of which the bytes do not lie in whole elements
+        LayoutError: no tensors, a number of ``layers`` that is not theirs, other devices, other numbers of blocks, or blocks of which the bytes do not lie in whole elements
             side by side (a stride of 0, or overlapping dimensions).
     """
     if not tensors:
         raise LayoutError("KV tensors: found none; expected one a layer")
     _check_alike(tensors, block_dim)
+    of_tensor = list(range(len(tensors))) if layers is None else list(layers)
+    if len(of_tensor) != len(tensors):
+        raise LayoutError(
+            f"KV tensors: found {len(tensors)} and layers of {len(of_tensor)}; expected one a tensor"
+        )
     piece_bytes = min(_contiguous_bytes(tensor, block_dim) for tensor in tensors)
-    starts, strides = [], []
+    starts, strides, of_segment = [], [], []
     for index, tensor in enumerate(tensors):
         offsets = _piece_offsets(index, tensor, block_dim, piece_bytes)
         starts += [tensor.data_ptr() + offset for offset in offsets]
         strides += [tensor.stride(block_dim) * tensor.element_size()] * len(offsets)
+        of_segment += [of_tensor[index]] * len(offsets)
     return DeviceSegments(
         addresses=np.array(starts, np.int64),
         strides=np.array(strides, np.int64),
         piece_bytes=piece_bytes,
         block_count=tensors[0].shape[block_dim],
+        layers=np.array(of_segment, np.int64),
     )
 
 

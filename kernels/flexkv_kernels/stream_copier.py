@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -125,6 +125,23 @@ class StreamCopier:
             # Chunks of one op take one mode, and their last step runs on one stream: the last event is after all.
             self._finish(done, Order.LOADED)
         return ok
+
+    def scatter_layers(self, op: TransferOp, after: object, on_layer: Callable[[object], None]) -> None:
+        """Slots -> blocks, layer by layer; an event a layer; see the protocol."""
+        self._refuse_if_broken()
+        chunk, done = self._chunk(op), None
+        with self._settled():
+            for layer in range(self.segments.layer_count):
+                if len(chunk.blocks):
+                    done = self._paths.load_layer(chunk, layer, after)
+                on_layer(done)
+            if done is not None:
+                self._finish(done, Order.LOADED)
+
+    def follow(self, layer: object) -> None:
+        """The calling thread's stream waits for a layer's event."""
+        if layer is not None:
+            self._streams.follow(layer, Order.LAYER_LOADED)
 
     def _chunks(self, op: TransferOp) -> Iterator[TransferOp]:
         for start in range(0, len(op.slots), self._chunk_slots):

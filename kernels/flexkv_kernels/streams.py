@@ -35,10 +35,14 @@ class Order(Enum):
     SCATTERED = "DMA fills a staging buffer anew after it was scattered"
     STORED = "a store is reported, and the engine may overwrite its blocks, after the last byte left them"
     LOADED = "a load is reported, and the engine may read its blocks, after the last byte is there"
+    LAYER_LOADED = (
+        "the engine reads a layer after its last byte is there, while later layers are still coming"
+    )
 
 
 class Streams(Protocol):
-    """One device. Nothing here blocks but ``finish``. One thread calls at a time, except ``mark``, which the engine's thread calls.
+    """One device. Nothing here blocks but ``finish``. One thread calls at a time, except ``mark`` and
+    ``follow``, which the engine's thread calls.
 
     Arrays of addresses are int64; what they point to stays in place until the work is finished. Errors are TransferErrors, raised by
     any call, possibly by a later one than the cause.
@@ -52,6 +56,9 @@ class Streams(Protocol):
 
     def wait(self, stream: Stream, event: object, order: Order) -> None:
         """What ``stream`` is given from now on runs after ``event``."""
+
+    def follow(self, event: object, order: Order) -> None:
+        """What the calling thread gives the engine's stream from now on runs after ``event``."""
 
     def finish(self, event: object, timeout_s: float, order: Order) -> None:
         """Wait for ``event`` on the host, at most ``timeout_s``."""

@@ -112,10 +112,14 @@ def device_segments(kv_caches: Mapping[str, torch.Tensor], kv_cache_config: KVCa
     """
     block_count = kv_cache_config.num_blocks
     planes: dict[int, torch.Tensor] = {}
+    layers: list[int] = []
     for name in sorted(kv_caches, key=_layer_order(kv_cache_config)):
-        for plane in _planes(name, kv_caches[name], block_count):
-            planes.setdefault(plane.data_ptr(), plane)
-    return pieces_of(list(planes.values()))
+        found = [
+            plane for plane in _planes(name, kv_caches[name], block_count) if plane.data_ptr() not in planes
+        ]
+        planes |= {plane.data_ptr(): plane for plane in found}
+        layers += [layers[-1] + 1 if layers else 0] * len(found)
+    return pieces_of(list(planes.values()), layers=layers)
 
 
 def identity(

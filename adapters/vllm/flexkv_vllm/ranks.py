@@ -92,5 +92,8 @@ def fill_shard(
         strides=np.append(segments.strides, np.zeros(missing, np.int64)),
         piece_bytes=segments.piece_bytes,
         block_count=segments.block_count,
+        layers=None
+        if segments.layers is None
+        else np.append(segments.layers, np.full(missing, segments.layers.max())),
     )
     return filled, spare

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,14 @@ class NumpyDevice:
         expected = np.ascontiguousarray(self._host.checksums[op.slots, 0])
         native.scatter_verify(**self._arguments(op), keys=op.keys, crc_expected=expected, ok_out=ok)
         return ok.view(np.bool_)
+
+    def scatter_layers(self, op: TransferOp, after: object, on_layer: Callable[[object], None]) -> None:
+        """Slots -> blocks; all segments are one layer; see the protocol."""
+        native.scatter(**self._arguments(op))
+        on_layer(None)
+
+    def follow(self, layer: object) -> None:
+        """Whatever was submitted is done."""
 
     def _arguments(self, op: TransferOp) -> dict[str, Any]:
         return {

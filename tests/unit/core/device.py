@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +23,8 @@ LAYERS = 3
 
 
 class FaultyCopier:
-    """Delegates to ``inner``; ``fail`` makes copies raise, ``hold`` makes them wait until it is set."""
+    """Delegates to ``inner``; ``fail`` makes copies raise, ``hold`` makes them wait until it is set; ``hold_layer`` is called with each
+    layer's number before it is published."""
 
     concurrent = True
 
@@ -34,6 +37,7 @@ class FaultyCopier:
         self.entered = threading.Event()
         self.order: list[int] = []
         self.is_closed = False
+        self.hold_layer: Callable[[int], object] = lambda layer: None
 
     def bind(self, host: HostSegment, shard: int) -> None:
         self.inner.bind(host, shard)
@@ -52,6 +56,19 @@ class FaultyCopier:
     def scatter(self, op: TransferOp, after: object, verify: bool) -> npt.NDArray[np.bool_]:
         self._enter(op)
         return self.inner.scatter(op, after, verify)
+
+    def scatter_layers(self, op: TransferOp, after: object, on_layer: Callable[[object], None]) -> None:
+        self._enter(op)
+        layers = itertools.count()
+
+        def publish(layer: object) -> None:
+            self.hold_layer(next(layers))
+            on_layer(layer)
+
+        self.inner.scatter_layers(op, after, publish)
+
+    def follow(self, layer: object) -> None:
+        self.inner.follow(layer)
 
     def _enter(self, op: TransferOp) -> None:
         self.order.append(op.op_id)

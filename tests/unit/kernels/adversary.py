@@ -73,6 +73,12 @@ class Adversary:
         if order not in self._removed:
             self._queues[stream].append(event)
 
+    def follow(self, event: object, order: Order) -> None:
+        assert isinstance(event, Event)
+        self.asked[order] += 1
+        if order not in self._removed:
+            self._queues["engine"].append(event)
+
     def finish(self, event: object, timeout_s: float, order: Order) -> None:
         assert isinstance(event, Event)
         self.asked[order] += 1

@@ -13,7 +13,7 @@ from flexkv_core import native
 from flexkv_core.errors import LayoutError, TransferError
 from flexkv_core.layout import KVLayout
 from flexkv_core.storage.memory import HostSegment
-from flexkv_core.transfer.plan import DeviceCopier, TransferOp
+from flexkv_core.transfer.plan import Delivery, DeviceCopier, TransferOp
 from flexkv_core.types import Direction
 from flexkv_kernels import CpuCopier
 from flexkv_kernels.paths import Mode
@@ -103,6 +103,41 @@ def test_negative_blocks_are_left_out(bench: Bench) -> None:
     assert torch.equal(loaded[:, 1:], stored[:, 1:])
 
 
+def test_layers_are_loaded_one_by_one(bench: Bench) -> None:
+    """Also where single blocks are left out; every layer is announced in order."""
+    stored = bench.store()
+    bench.rig.write(bench.blocks, torch.zeros_like(stored))
+    wanted = bench.blocks.copy()
+    wanted[[0, 5]] = -1
+    op = TransferOp(2, Direction.LOAD, bench.keys, SLOTS, wanted, delivery=Delivery.LAYERWISE)
+    layers: list[object] = []
+    bench.copier.scatter_layers(op, bench.copier.mark(), layers.append)
+    assert len(layers) == bench.copier.segments.layer_count == 2
+    loaded, there = bench.rig.bytes_of(bench.blocks), wanted >= 0
+    assert not loaded[:, ~there].any()
+    assert torch.equal(loaded[:, there], stored[:, there])
+
+
+def test_layers_of_no_block_are_announced_too(bench: Bench) -> None:
+    op = TransferOp(2, Direction.LOAD, bytes(16), SLOTS[:1], np.array([-1, -1]), delivery=Delivery.LAYERWISE)
+    layers: list[object] = []
+    bench.copier.scatter_layers(op, bench.copier.mark(), layers.append)
+    assert len(layers) == 2
+    bench.copier.follow(layers[1])
+
+
+def test_what_a_reader_of_layers_raises_ends_the_copy(bench: Bench) -> None:
+    bench.store()
+
+    def refuse(layer: object) -> None:
+        raise TransferError("injected")
+
+    op = TransferOp(2, Direction.LOAD, bench.keys, SLOTS, bench.blocks, delivery=Delivery.LAYERWISE)
+    with pytest.raises(TransferError, match="injected"):
+        bench.copier.scatter_layers(op, bench.copier.mark(), refuse)
+    assert bench.rig.streams.idle
+
+
 def test_a_load_that_is_refused_whole_touches_nothing(bench: Bench) -> None:
     stored = bench.store()
     bench.host.checksums[:, SHAPE.shard] ^= 1
@@ -143,6 +178,7 @@ def test_a_device_that_hangs_is_left_alone() -> None:
     for call in (
         lambda: rig.copier.gather(op, rig.copier.mark()),
         lambda: rig.copier.scatter(op, rig.copier.mark(), True),
+        lambda: rig.copier.scatter_layers(op, rig.copier.mark(), lambda layer: None),
     ):
         with pytest.raises(TransferError, match="copies stopped"):
             call()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from flexkv_core.transfer.plan import TransferOp
+from flexkv_core.transfer.plan import Delivery, TransferOp
 from flexkv_core.types import Direction
 from flexkv_kernels.paths import Mode
 from flexkv_kernels.streams import Order
@@ -15,6 +15,7 @@ from tests.unit.kernels.stream_rig import BLOCKS, StreamRig
 SEEDS = 60
 HALF = BLOCKS // 2  # 8 chunks: more than are under way at once, and more than there are staging buffers
 
+LAYERWISE = (Order.ENGINE_READ, Order.LAYER_LOADED, Order.LOADED)
 IN_EVERY_MODE = (Order.ENGINE_WROTE, Order.ENGINE_READ, Order.STORED, Order.LOADED)
 STAGED_ONLY = (Order.GATHERED, Order.SENT, Order.ARRIVED, Order.SCATTERED)
 
@@ -57,6 +58,55 @@ def _tell(rig: StreamRig, rng: np.random.Generator) -> list[str]:
     return [name for name, wrong in found.items() if wrong]
 
 
+def layered_story(seed: int, removed: frozenset[Order] = frozenset()) -> list[str]:
+    """The engine still has to read blocks that a load overwrites layer by layer; it reads each layer as soon as it is announced, on its
+    own stream, and waits for nothing on the host; what went wrong."""
+    rig = StreamRig(seed, Mode.DMA, removed)
+    try:
+        return _tell_layered(rig, np.random.default_rng(seed))
+    finally:
+        rig.close()
+
+
+def _tell_layered(rig: StreamRig, rng: np.random.Generator) -> list[str]:
+    order = rng.permutation(BLOCKS)
+    mine, others = order[:HALF], order[HALF:]
+    slots = rng.permutation(BLOCKS)[:HALF].astype(np.int32)
+    keys = rng.bytes(16 * HALF)
+    rig.copier.gather(TransferOp(1, Direction.STORE, keys, slots, mine), rig.copier.mark())
+    fresh, old, read = rig.bytes_of(mine), rig.bytes_of(others), []
+    rig.streams.engine(lambda: read.append(rig.bytes_of(others)))
+    layers: list[torch.Tensor] = []
+
+    def reads_layer(layer: object) -> None:
+        rig.copier.follow(layer)
+        index = 2 * len(asked)  # K and V
+        asked.append(index)
+        rig.streams.engine(lambda: layers.append(rig.bytes_of(others)[index : index + 2]))
+
+    asked: list[int] = []
+    load = TransferOp(2, Direction.LOAD, keys, slots, others, delivery=Delivery.LAYERWISE)
+    rig.copier.scatter_layers(load, rig.copier.mark(), reads_layer)
+    loaded = rig.bytes_of(others)  # reported: anyone may read
+    rig.streams.drain()
+    found = {
+        "loaded bytes": not torch.equal(loaded, fresh),
+        "layers": not torch.equal(torch.cat(layers), fresh),
+        "overwritten too early": not torch.equal(read[0], old),
+    }
+    return [name for name, wrong in found.items() if wrong]
+
+
+def test_layers_are_right_in_any_order() -> None:
+    for seed in range(SEEDS):
+        assert not layered_story(seed), seed
+
+
+@pytest.mark.parametrize("order", LAYERWISE)
+def test_every_event_of_a_layer_is_needed(order: Order) -> None:
+    assert any(layered_story(seed, frozenset({order})) for seed in range(SEEDS))
+
+
 @pytest.mark.parametrize("mode", Mode)
 def test_nothing_goes_wrong_in_any_order(mode: Mode) -> None:
     for seed in range(SEEDS):
@@ -74,11 +124,15 @@ def test_every_event_is_needed(order: Order, mode: Mode) -> None:
 
 
 def test_all_kinds_of_waits_are_covered() -> None:
-    assert set(IN_EVERY_MODE) | set(STAGED_ONLY) == set(Order)
+    assert set(IN_EVERY_MODE) | set(STAGED_ONLY) | set(LAYERWISE) == set(Order)
     asked: set[Order] = set()
     for mode in Mode:
         rig = StreamRig(0, mode)
         _tell(rig, np.random.default_rng(0))
         asked |= set(rig.streams.asked)
         rig.close()
+    rig = StreamRig(0, Mode.DMA)
+    _tell_layered(rig, np.random.default_rng(0))
+    asked |= set(rig.streams.asked)
+    rig.close()
     assert asked == set(Order)

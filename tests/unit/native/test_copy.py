@@ -181,6 +181,35 @@ def test_scatter_fills_pieces_and_nothing_else(implementation, case):
 
 
 @shared_fixture
+@given(case=CASES, data=st.data())
+def test_some_segments_of_an_image_alone(implementation, case, data):
+    """As a load layer by layer copies them; the others' pieces stay as they are."""
+    first = data.draw(st.integers(0, case.segments))
+    stop = data.draw(st.integers(first, case.segments))
+    given = case.arguments()
+    given |= {
+        "segment_addrs": given["segment_addrs"][first:stop],
+        "block_strides": given["block_strides"][first:stop],
+        "shard_offset": case.shard_offset + first * case.piece_bytes,
+        "image_stride": case.segments * case.piece_bytes,
+    }
+    some = [at for at in range(case.blocks_per_slot * case.segments) if first <= at % case.segments < stop]
+    gathered, scattered = case.copy(), case.copy()
+    for i in range(len(case.slots)):
+        for at in some:
+            piece, part = gathered.pairs(i)[at]
+            part[:] = piece
+            piece, part = scattered.pairs(i)[at]
+            piece[:] = part
+    untouched = case.copy()
+    implementation.scatter(**given)
+    case.assert_equal(scattered)
+    case.paged[:] = untouched.paged
+    implementation.gather(**given)
+    case.assert_equal(gathered)
+
+
+@shared_fixture
 @given(case=CASES)
 def test_gather_crc_sums_what_it_wrote(implementation, case):
     expected, crcs = case.gathered(), np.zeros(len(case.slots), np.uint32)
@@ -259,6 +288,8 @@ def test_a_swapped_image_is_noticed(implementation):
         ({"piece_bytes": -1}, ValueError, "piece_bytes is -1"),
         ({"blocks_per_slot": 0}, ValueError, "blocks_per_slot is 0"),
         ({"shard_offset": -1}, ValueError, "shard_offset -1"),
+        ({"image_stride": 191}, ValueError, "image_stride is 191, expected 0 or at least the 192 bytes"),
+        ({"image_stride": -1}, ValueError, "image_stride is -1"),
         (
             {"shard_offset": 1},
             ValueError,
