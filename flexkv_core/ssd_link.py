@@ -29,7 +29,8 @@ from flexkv_core.storage.base import BlockStatus, SsdSpec, Statuses
 from flexkv_core.storage.memory import HostSegment, arrival_mark
 from flexkv_core.transfer.backoff import Backoff
 from flexkv_core.transfer.ring import CommandKind
-from flexkv_core.transfer.supervisor import Progress, StorageProcess
+from flexkv_core.transfer.storage_process import StorageProcess
+from flexkv_core.transfer.supervisor import Progress
 from flexkv_core.types import Slots, Tier
 
 logger = logging.getLogger(__name__)

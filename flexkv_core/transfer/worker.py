@@ -8,32 +8,26 @@ The process ends when it is told to, when it gets SIGTERM, or when the manager's
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import mmap
 import os
 import select
-import signal
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from flexkv_core.errors import FlexKVError, StorageError
+from flexkv_core.errors import StorageError
 from flexkv_core.storage.base import BlockBatch, BlockStatus, Finished, SsdSpec, Statuses
 from flexkv_core.storage.catalog import record_dtype
 from flexkv_core.storage.directory import slot_count
-from flexkv_core.storage.memory import HostSegment
 from flexkv_core.storage.scrub import Scrubber, SlotChecker
 from flexkv_core.storage.ssd import SsdStore
-from flexkv_core.transfer.ring import COMMAND, COMPLETION, Array, CommandKind, Ring, RingHandle
+from flexkv_core.transfer.child import PARENT_POLL_S, Child, Column, Completer, run_child, watch
+from flexkv_core.transfer.ring import COMMAND, Array, CommandKind, Ring
 from flexkv_core.types import Slots
 
 logger = logging.getLogger(__name__)
@@ -43,61 +37,25 @@ WRITE_BATCH_BYTES = 16 << 20
 WRITE_BATCH_BLOCKS_MAX = 1024
 READS_FIRST_S = 0.05
 """A write batch waits at most this long for reads, so that a steady stream of reads does not starve it."""
-PARENT_POLL_S = 1.0
-STOP_S = 10.0  # after SIGTERM
-SWITCH_S = 0.0005
-"""How long one of the threads keeps the interpreter while another waits for it. With Python's 5 ms the ring runs dry beside a thread that
-computes: reads of 256 KiB kept 0.91 of their bandwidth, and 0.99 with this (medians of 7 turns, a shared disk of 1.5 GB/s, two cores, 2026)."""
-COMPLETION_PUSH_S = (
-    60.0  # the supervisor takes completions all the time; one that does not is as good as dead
-)
-
-Column = npt.NDArray[Any]
-"""One number a block."""
-
-
-@dataclass(frozen=True)
-class WorkerSpec:
-    """What the process is given on its command line, as JSON. ``*_fd`` and ``fds`` are inherited descriptors.
-
-    ``host``: of the segment, with ``host_slots`` slots. ``table``: memory for the catalogue's records. ``status_fd``: a pipe for one
-    line of JSON that says "ready", or which error ended the start.
-    """
-
-    ssd: dict[str, Any]
-    host_fd: int
-    host_slots: int
-    huge_pages: bool
-    table_fd: int
-    commands: tuple[int, int, int, int]
-    completions: tuple[int, int, int, int]
-    status_fd: int
-    parent_pid: int
-    log_level: int
-
-    def to_json(self) -> str:
-        """For the command line."""
-        return json.dumps(asdict(self), separators=(",", ":"))
 
 
 class StorageWorker:
     """Serves one manager until it is told to stop. ``run`` is the main thread's."""
 
-    def __init__(self, store: SsdStore, commands: Ring, completions: Ring, parent_pid: int) -> None:
+    def __init__(self, store: SsdStore, commands: Ring, complete: Completer, parent_pid: int) -> None:
         self._store = store
         self._commands = commands
-        self._completions = completions
-        self._completing = threading.Lock()
+        self._complete = complete
         self._asked = ReadBook(commands.handle.capacity)
         self._parent_pid = parent_pid
         self._stop_at: float | None = None
-        self._writer = WriterThread(store, self._complete)
+        self._writer = WriterThread(store, complete)
 
     def run(self) -> None:
         """Serve until STOP, SIGTERM or the parent's end."""
         self._writer.start()
         poll = select.poll()
-        parent = _watch(self._parent_pid)
+        parent = watch(self._parent_pid)
         for fd in (
             self._commands.fileno(),
             self._store.reader.fileno(),
@@ -143,17 +101,6 @@ class StorageWorker:
         )
         self._store.host.arrivals[reads["host_slot"]] = marks
         self._complete(reads["op"], reads["index"], done.statuses)
-
-    def _complete(self, ops: Column, indexes: Column, statuses: Column) -> None:
-        """Any thread. In pieces, so that no number of blocks is larger than the ring."""
-        records = np.zeros(len(ops), COMPLETION)
-        records["op"], records["index"], records["status"] = ops, indexes, statuses
-        piece = self._completions.handle.capacity
-        with self._completing:
-            for start in range(0, len(records), piece):
-                if not self._completions.push(records[start : start + piece], COMPLETION_PUSH_S):
-                    logger.error("storage process: nobody takes completions; ending")
-                    os._exit(1)
 
 
 class ReadBook:
@@ -283,43 +230,18 @@ def _batch(commands: Array) -> BlockBatch:
     return BlockBatch(*columns)
 
 
-def _watch(pid: int) -> int | None:
-    """A descriptor that becomes readable when the process ends; None where the kernel refuses, then polling must do."""
-    try:
-        return os.pidfd_open(pid)
-    except OSError:
-        return None
-
-
 def main() -> None:
-    """Entry point: the first argument is a :class:`WorkerSpec` as JSON."""
-    spec = WorkerSpec(**json.loads(sys.argv[1]))
-    logging.basicConfig(level=spec.log_level, format="%(levelname)s flexkv-storage[%(process)d] %(message)s")
-    sys.setswitchinterval(SWITCH_S)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's; the manager decides when to stop
-    try:
-        worker, store, scrubber = _start(spec)
-    except (FlexKVError, OSError) as error:
-        _say(spec.status_fd, {"error": type(error).__name__, "message": str(error)})
-        sys.exit(1)
-    signal.signal(signal.SIGTERM, lambda *_: worker.stop(time.monotonic() + STOP_S))
-    _say(spec.status_fd, {"ready": True})
-    worker.run()
-    if scrubber is not None:
-        scrubber.close()
-    store.close()
+    """Entry point of the process."""
+    run_child("flexkv-storage", _serve)
 
 
-def _start(spec: WorkerSpec) -> tuple[StorageWorker, SsdStore, Scrubber | None]:
-    ssd = SsdSpec.from_dict(spec.ssd)
-    host = HostSegment(
-        spec.host_fd, spec.host_slots, ssd.layout, spec.huge_pages, spec.parent_pid, spec.host_fd
-    )
-    table = attach_table(spec.table_fd, slot_count(ssd), ssd.layout.shard_count)
+def _serve(child: Child) -> Callable[[], None]:
+    ssd = SsdSpec.from_dict(child.spec.settings)
+    host = child.attach_host(ssd.layout)
+    table = attach_table(child.spec.table_fd, slot_count(ssd), ssd.layout.shard_count)
     store = SsdStore(ssd, host, table)
-    commands = Ring(RingHandle(*spec.commands), COMMAND)
-    completions = Ring(RingHandle(*spec.completions), COMPLETION)
-    worker = StorageWorker(store, commands, completions, spec.parent_pid)
+    worker = StorageWorker(store, child.commands, child.complete, child.spec.parent_pid)
+    child.on_terminate(worker.stop)
     scrubber = None
     if ssd.scrub_bytes_per_s:
         checker = SlotChecker(store.files.fds, store.files.places, ssd.layout, table)
@@ -327,16 +249,17 @@ def _start(spec: WorkerSpec) -> tuple[StorageWorker, SsdStore, Scrubber | None]:
             checker, table, ssd.layout.slot_bytes, ssd.scrub_bytes_per_s, worker.report_corrupt
         )
         scrubber.start()
-    return worker, store, scrubber
+
+    def run() -> None:
+        worker.run()
+        if scrubber is not None:
+            scrubber.close()
+        store.close()
+
+    return run
 
 
 def attach_table(fd: int, slots: int, shard_count: int) -> Array:
     """The catalogue's records in shared memory, shape [slots]; mapped as long as the array lives."""
     dtype = record_dtype(shard_count)
     return np.frombuffer(mmap.mmap(fd, slots * dtype.itemsize), dtype)
-
-
-def _say(fd: int, content: dict[str, Any]) -> None:
-    with contextlib.suppress(BrokenPipeError):  # the manager has ended meanwhile, and so will this process
-        os.write(fd, json.dumps(content).encode() + b"\n")
-    os.close(fd)

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 from flexkv_core.cli.app import app
 from flexkv_core.storage.ssd import SsdStore
-from flexkv_core.transfer.supervisor import StorageProcess
+from flexkv_core.transfer.storage_process import StorageProcess
 from tests.contract.storage.rig import OK, Host, batch_of, read_all, spec_of
 
 COUNT = 100

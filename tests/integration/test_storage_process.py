@@ -25,7 +25,8 @@ from flexkv_core.storage.directory import open_files
 from flexkv_core.storage.memory import HostSegment, arrival_mark
 from flexkv_core.transfer import supervisor
 from flexkv_core.transfer.ring import CommandKind
-from flexkv_core.transfer.supervisor import Progress, StorageProcess
+from flexkv_core.transfer.storage_process import StorageProcess
+from flexkv_core.transfer.supervisor import Progress
 from flexkv_core.types import Slots, Tier
 from tests.contract.storage.rig import CORRUPT, DROPPED, OK, Host, spec_of, words
 
@@ -310,7 +311,7 @@ MANAGER = """
 import sys, time
 from pathlib import Path
 from tests.contract.storage.rig import Host, spec_of
-from flexkv_core.transfer.supervisor import StorageProcess
+from flexkv_core.transfer.storage_process import StorageProcess
 host = Host()
 process = StorageProcess(spec_of(Path(sys.argv[1])), host.segment, lambda progress: None)
 process.start()

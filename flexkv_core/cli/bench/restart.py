@@ -24,7 +24,7 @@ from flexkv_core.storage.base import BlockBatch, SsdSpec
 from flexkv_core.storage.catalog import BATCH_BLOCKS_MAX, Catalog, catalog_bytes
 from flexkv_core.storage.directory import open_files
 from flexkv_core.storage.memory import HostSegment
-from flexkv_core.transfer.supervisor import StorageProcess
+from flexkv_core.transfer.storage_process import StorageProcess
 from flexkv_core.types import Tier
 
 BLOCKS = 1_000_000

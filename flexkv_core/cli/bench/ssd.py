@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from flexkv_core.cli.bench.fio import Rate, find_fio, run_fio
 from flexkv_core.io import IoEngine, IoKind, Region, make_ops, open_engine
-from flexkv_core.transfer.worker import SWITCH_S
+from flexkv_core.transfer.child import SWITCH_S
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZES = {"256k": 256 * KIB, "1m": MIB, "4m": 4 * MIB}

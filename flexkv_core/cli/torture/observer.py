@@ -13,7 +13,8 @@ from flexkv_core.storage.base import BlockStatus, SsdSpec, key_words
 from flexkv_core.storage.catalog import Table
 from flexkv_core.storage.memory import HostSegment
 from flexkv_core.transfer.ring import CommandKind
-from flexkv_core.transfer.supervisor import Progress, StorageProcess
+from flexkv_core.transfer.storage_process import StorageProcess
+from flexkv_core.transfer.supervisor import Progress
 from flexkv_core.types import Slots
 
 
