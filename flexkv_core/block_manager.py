@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -26,11 +26,15 @@ from flexkv_core.errors import CapacityError, ClosedError
 from flexkv_core.keys import fingerprint
 from flexkv_core.layout import KVLayout
 from flexkv_core.metrics import Counters
+from flexkv_core.remote_link import RemoteLink, remote_spec
+from flexkv_core.remote_policy import ThresholdPolicy
 from flexkv_core.ssd_link import SsdLink, ssd_spec
 from flexkv_core.storage.base import BlockStatus, SsdSpec, Statuses
 from flexkv_core.storage.directory import slot_count as ssd_slot_count
 from flexkv_core.storage.memory import HostSegment, slots_within
+from flexkv_core.storage.remote.base import RemoteSpec
 from flexkv_core.tasks import (
+    NO_SLOTS,
     NO_STATUSES,
     KVResponseStatus,
     OnDone,
@@ -47,7 +51,8 @@ from flexkv_core.verify import settle_check
 logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 10.0
-"""What :meth:`BlockManager.shutdown` gives the SSD tier to write what waits."""
+CLOSE_REMOTE_S = 5.0
+"""What :meth:`BlockManager.shutdown` gives the SSD tier and the store to write what waits."""
 
 TASKS_MAX = 65536
 """Tasks that are remembered. Beyond it the oldest that was never launched is cancelled, then new ones are refused as misses."""
@@ -100,8 +105,10 @@ class BlockManager:
         capacities = {Tier.HOST: self._slot_count}
         if self._ssd_spec is not None:
             capacities[Tier.SSD] = ssd_slot_count(self._ssd_spec)
+        self._remote_spec = remote_spec(cache_config, self.layout, self.root)
         self._cache = GlobalCacheEngine(capacities, eviction=cache_config.eviction, track_events=track_events)
         self._ssd: SsdLink | None = None
+        self._remote: RemoteLink | None = None
 
     # Life
 
@@ -120,6 +127,8 @@ class BlockManager:
             self._host = HostSegment.create(self._slot_count, self.layout, self.config.huge_pages)
             if self._ssd_spec is not None:
                 self._open_ssd(self._ssd_spec, self._host)
+            if self._remote_spec is not None:
+                self._open_remote(self._remote_spec, self._host)
             self._host.populate()
             self._executor.start(self._host, self._on_result)
         logger.info(
@@ -142,6 +151,8 @@ class BlockManager:
             self._closed = True
         if self._host is not None:
             self._executor.close()
+            if self._remote is not None:
+                self._remote.close(CLOSE_REMOTE_S)
             if self._ssd is not None:
                 self._ssd.close(CLOSE_TIMEOUT_S)
             self._host.close()
@@ -157,6 +168,8 @@ class BlockManager:
             self._cache.reset()
             if self._ssd is not None:
                 self._ssd.clear()
+            if self._remote is not None:
+                self._remote.clear()
 
     @property
     def host(self) -> HostSegment:
@@ -167,21 +180,21 @@ class BlockManager:
     def counters(self) -> Counters:
         """A consistent copy of the counters."""
         with self._changed:
-            stats, ssd = self._cache.stats, self._ssd
+            stats, ssd, remote = self._cache.stats, self._ssd, self._remote
             counters = replace(
                 self._counters,
                 evicted_blocks=stats.blocks_evicted,
                 ssd_evicted_blocks=stats.ssd_blocks_evicted,
             )
-            if ssd is None:
-                return counters
-            return replace(
-                counters,
-                ssd_read_blocks=ssd.read_blocks,
-                ssd_written_blocks=ssd.written_blocks,
-                ssd_corrupt_blocks=ssd.corrupt_blocks,
-                ssd_restarts=ssd.restarts,
-            )
+            if ssd is not None:
+                counters = replace(
+                    counters,
+                    ssd_read_blocks=ssd.read_blocks,
+                    ssd_written_blocks=ssd.written_blocks,
+                    ssd_corrupt_blocks=ssd.corrupt_blocks,
+                    ssd_restarts=ssd.restarts,
+                )
+            return counters if remote is None else replace(counters, **remote.counters())
 
     def usage(self) -> tuple[int, int]:
         """Slots of the host tier that are taken, and all."""
@@ -214,11 +227,27 @@ class BlockManager:
         return task.task_id, task.block_count
 
     def prefetch_keys(self, keys: bytes, start_block: int, on_done: OnDone) -> tuple[int, int]:
-        """Bring blocks ``start_block`` … of the cached prefix of ``keys`` to the host tier; the task and how many are read."""
+        """Bring blocks ``start_block`` … of the longest prefix of ``keys`` that any tier has to the host tier; the task and how many are
+        read, at most where the remote tier is asked."""
+        with self._changed:
+            task = Task(self._new_id(), Direction.LOAD, None, start_block, b"", NO_SLOTS, on_done)
+            task.purpose, task.launched = Purpose.PREFETCH, True
+            if self.fetch_keys(keys, lambda: self._read_fetched(task, keys)):
+                self._tasks[task.task_id] = task
+                return task.task_id, len(keys) // KEY_BYTES - start_block
         task = self._begin_get(keys, start_block, on_done, Purpose.PREFETCH)
         reads = task.read_count
         self._read_ahead(task)
         return task.task_id, reads
+
+    def fetch_keys(self, keys: bytes, on_end: Callable[[], None]) -> bool:
+        """Bring what only the remote tier has of ``keys`` to the host tier, where the next match finds it.
+
+        True: something may come; ``on_end`` is called once, on any thread and under the manager's lock, when it has come or when it was
+        waited for as long as the configuration allows. False: there is nothing to wait for.
+        """
+        with self._changed:
+            return self._remote is not None and not self._closed and self._remote.fetch(keys, on_end)
 
     def put_keys(self, keys: bytes, on_done: OnDone) -> tuple[int, int, int]:
         """Reserve slots for what is new in ``keys``; the task, its first block and how many (0: nothing to launch)."""
@@ -261,6 +290,8 @@ class BlockManager:
                 self._counters.lookups += 1
                 self._counters.lookup_tokens += len(keys) // KEY_BYTES * self.layout.tokens_per_block
                 self._counters.hit_tokens += len(plan.host_slots) * self.layout.tokens_per_block
+                if self._remote is not None and plan.lease is not None:
+                    self._remote.used(keys[: KEY_BYTES * plan.blocks])
             elif purpose is Purpose.CHECK:  # what has left the cache since it was chosen
                 self._counters.verify_skipped += len(keys) // KEY_BYTES - start - len(plan.host_slots)
             of_plan = (plan, start, plan.keys, plan.host_slots)
@@ -271,7 +302,9 @@ class BlockManager:
             plan = self._cache.plan_put(keys if not self._closed else b"")
             self._counters.dropped_blocks += max(0, len(keys) // KEY_BYTES - plan.start_block - plan.count)
             of_plan = (plan, plan.start_block, plan.keys, plan.slots)
-            return self._remember(Task(self._new_id(), Direction.STORE, *of_plan, on_done))
+            task = Task(self._new_id(), Direction.STORE, *of_plan, on_done)
+            task.sequence_keys = keys if self._remote is not None else b""
+            return self._remember(task)
 
     def _new_id(self) -> int:
         self._next_task_id += 1
@@ -313,6 +346,13 @@ class BlockManager:
         ssd.start()
         self._ssd = ssd
 
+    def _open_remote(self, spec: RemoteSpec, host: HostSegment) -> None:
+        policy = ThresholdPolicy(self.config)
+        self._remote = RemoteLink(
+            spec, self.config, policy, host, self._cache, self._changed, self._new_id, self._write_behind
+        )
+        self._remote.start()
+
     def _read_ahead(self, task: Task) -> None:
         """Start a prefetch: a get without the copy."""
         with self._changed:
@@ -320,6 +360,15 @@ class BlockManager:
                 task.launched = task.copied = True
                 task.ok = np.ones(task.block_count, np.bool_)
                 self._start_reads(task)
+
+    def _read_fetched(self, task: Task, keys: bytes) -> None:
+        """What the remote tier had is in host memory; now read from the SSD what only that has. Called under the lock."""
+        if task.ended:
+            return  # the manager was shut down
+        task.plan = self._cache.plan_get(keys if not self._closed else b"", task.start_block)
+        task.keys, task.slots, task.copied = task.plan.keys, task.plan.host_slots, True
+        task.ok = np.ones(task.block_count, np.bool_)
+        self._start_reads(task)
 
     def _start_reads(self, task: Task) -> None:
         """Have the task's blocks that only the SSD holds read; with none, they have ended."""
@@ -362,6 +411,8 @@ class BlockManager:
             status = KVResponseStatus.FAILED
         if task.purpose is Purpose.CHECK:
             task.mismatches = settle_check(task, self._cache, self._counters, self._ssd)
+            if self._remote is not None and task.mismatches:
+                self._remote.expel(b"".join(mismatch.key for mismatch in task.mismatches))
         elif task.copy_status is OpStatus.DONE:
             self._drop_corrupt(task)
         self._end(task, KVResponseStatus.CANCELLED if task.cancelled else status)
@@ -392,11 +443,18 @@ class BlockManager:
             self._cache.finish_get(task.plan, read_ok)
         elif arrived and task.plan is not None:
             self._cache.commit_put(task.plan, arrived)
-            if self._ssd is not None:
-                self._ssd.write_behind()
+            self._write_behind()
+            if self._remote is not None:
+                stop = KEY_BYTES * (task.start_block + arrived)
+                self._remote.stored(task.sequence_keys[:stop], task.start_block)
         elif task.plan is not None:
             self._cache.abort_put(task.plan)
         task.forget_plan()
+
+    def _write_behind(self) -> None:
+        """Blocks have come to the host tier."""
+        if self._ssd is not None:
+            self._ssd.write_behind()
 
     def _count(self, task: Task, result: OpResult) -> None:
         counters, blocks = self._counters, int(result.ok.sum())

@@ -17,6 +17,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,6 +145,88 @@ class FlexKVConfig(BaseSettings):
         description="Share of the hits that is computed again and compared with what was stored; 0: none.",
         json_schema_extra=_allowed("number from 0 to 1"),
     )
+    remote_url: str | None = Field(
+        default=None,
+        description="Store that several machines share, such as `dir:/mnt/kv`, `s3://bucket/path`, `valkey://host:6379` or "
+        "`mooncake://master:50051`; none: no remote tier.",
+        json_schema_extra=_allowed("URL without credentials"),
+    )
+    remote_options: dict[str, str] = Field(
+        default={},
+        description="Options of the store's client, such as `endpoint`, `region`, `cluster` or `protocol`; no credentials.",
+        json_schema_extra=_allowed("mapping of text to text"),
+    )
+    remote_username: str | None = Field(
+        default=None,
+        description="User name for a store that asks for one.",
+        json_schema_extra=_allowed(_TEXT),
+    )
+    remote_password_file: str | None = Field(
+        default=None,
+        description="File that holds the password for a store that asks for one; read at each connection.",
+        json_schema_extra=_allowed("absolute path"),
+    )
+    remote_lookup_deadline_ms: float = Field(
+        default=100.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="A request waits at most this long to learn what the store has; a later answer serves the next one.",
+        json_schema_extra=_allowed("number > 0"),
+    )
+    remote_read_deadline_ms: float = Field(
+        default=2000.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="A request waits at most this long for blocks of the store; what has arrived by then is a hit.",
+        json_schema_extra=_allowed("number > 0"),
+    )
+    remote_timeout_s: float = Field(
+        default=5.0,
+        gt=0,
+        le=60,
+        allow_inf_nan=False,
+        description="Bound of one call of the store's client; a client that hangs three times as long is ended.",
+        json_schema_extra=_allowed("number > 0, at most 60"),
+    )
+    remote_read_tokens_min: int = Field(
+        default=256,
+        ge=1,
+        description="Fewer tokens than this are recomputed, not fetched from the store.",
+        json_schema_extra=_allowed("integer ≥ 1"),
+    )
+    remote_write: Literal["stored", "used_again", "never"] = Field(
+        default="stored",
+        description="What is written to the store: blocks when they are stored, blocks that are used a second time, or nothing.",
+        json_schema_extra=_allowed("stored, used_again or never"),
+    )
+    remote_write_tokens_min: int = Field(
+        default=0,
+        ge=0,
+        description="Sequences of fewer tokens are not written to the store.",
+        json_schema_extra=_allowed("integer ≥ 0"),
+    )
+    remote_write_bytes_per_s: Annotated[ByteSize, Field(ge=0)] = Field(
+        default=ByteSize(0),
+        description="Bound of the bandwidth to the store; 0: none.",
+        json_schema_extra=_allowed(_SIZE),
+    )
+    remote_read_bytes_per_s: Annotated[ByteSize, Field(ge=0)] = Field(
+        default=ByteSize(0),
+        description="Bound of the bandwidth from the store; 0: none.",
+        json_schema_extra=_allowed(_SIZE),
+    )
+    remote_queue_bytes: Annotated[ByteSize, Field(gt=0)] = Field(
+        default=ByteSize(1 << 30),
+        description="How much may wait to be written to the store; beyond it the oldest is not written.",
+        json_schema_extra=_allowed(_SIZE) | {"default": "1 GiB"},
+    )
+    remote_known_s: float = Field(
+        default=30.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Seconds for which the store is believed to have what it was found to have.",
+        json_schema_extra=_allowed("number ≥ 0"),
+    )
     namespace: str = Field(
         default="",
         description="Kept in front of every key: deployments with different namespaces share no block.",
@@ -195,6 +278,27 @@ class FlexKVConfig(BaseSettings):
         description="Report stored and removed blocks to the engine when it publishes KV events.",
         json_schema_extra=_allowed(_SWITCH),
     )
+
+    @field_validator("remote_url")
+    @classmethod
+    def _known_store(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        scheme, separator, rest = url.partition(":")
+        if not separator or not scheme:
+            raise ValueError("a scheme and a colon are needed")
+        if "@" in rest.partition("?")[0]:
+            raise ValueError(
+                "credentials do not belong into the URL; see remote_username and remote_password_file"
+            )
+        return url
+
+    @field_validator("remote_password_file")
+    @classmethod
+    def _absolute_file(cls, file: str | None) -> str | None:
+        if file is not None and not Path(file).is_absolute():
+            raise ValueError("not an absolute path")
+        return file
 
     @field_validator("ssd_dirs")
     @classmethod
@@ -278,6 +382,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flexkv"
 
 
+def child_environment(defaults: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment for one that it starts, with ``defaults`` for what the user did not set."""
+    return {**defaults, **os.environ}
+
+
 def markdown_table() -> str:
     """The table of all keys that README.md carries between its markers, without a newline at the end."""
     lines = ["| key | type | default | environment | meaning |", "|---|---|---|---|---|"]
@@ -354,10 +463,15 @@ def _validate(found: Mapping[str, _Raw]) -> FlexKVConfig:
 def _problem(key: str, kind: str, message: str, found: Mapping[str, _Raw]) -> str:
     """One line about one key: its value, where that came from, and what is allowed."""
     raw = found.get(key, _Raw("default", "default"))
-    head = f"{key} = {raw.value!r} (from {raw.origin}): "
+    head = f"{key} = {_shown(key, raw.value)} (from {raw.origin}): "
     if kind == "extra_forbidden":
         return head + f"no such key{_did_you_mean(key)}"
     return head + f"{message.removeprefix('Value error, ')}; allowed: {_extra(key)['allowed']}"
+
+
+def _shown(key: str, value: object) -> str:
+    """A value in a message; what may hold a password by mistake is not repeated."""
+    return re.sub(r"(?<=:)[^@]*(?=@)", "***", repr(value)) if key == "remote_url" else repr(value)
 
 
 def _did_you_mean(key: str) -> str:

@@ -27,6 +27,16 @@ class Counters:
     ssd_corrupt_blocks: int = 0  # found by reads and by the scrubber; each is quarantined
     ssd_evicted_blocks: int = 0
     ssd_restarts: int = 0  # of the storage process
+    remote_lookups: int = 0  # sequences that the remote store was asked for
+    remote_late_lookups: int = 0  # answers for which no request waited any more
+    remote_read_blocks: int = 0
+    remote_late_reads: int = 0  # requests that stopped waiting before all that was found had come
+    remote_written_blocks: int = 0  # written, or found there
+    remote_dropped_blocks: int = 0  # waited to be written, and were pushed out by newer ones
+    remote_corrupt_blocks: int = 0  # values that were not what their name says; each was removed
+    remote_failures: int = 0  # calls of the remote store that failed, not blocks
+    remote_breaker_openings: int = 0  # times that the remote store was left alone because it failed
+    remote_restarts: int = 0  # of the remote process
     dropped_blocks: int = 0  # wanted to be stored, found no room
     prefetched_blocks: int = 0  # read from a lower tier before a load asked for them
     verify_checked: int = 0  # blocks of sampled hits that were compared with what the engine computed anew

@@ -15,7 +15,7 @@ from flexkv_core.transfer.plan import OpStatus
 from flexkv_core.types import Direction, Slots, Tier
 
 NO_STATUSES: Statuses = np.empty(0, np.uint32)
-_NO_SLOTS: Slots = np.empty(0, np.int32)
+NO_SLOTS: Slots = np.empty(0, np.int32)
 
 
 class KVResponseStatus(Enum):
@@ -92,6 +92,9 @@ class Task:
     launched: bool = False
     status: KVResponseStatus = KVResponseStatus.UNREADY
     cancelled: bool = False
+    sequence_keys: bytes = (
+        b""  # of a put that a remote store may want: all blocks' from the sequence's first on
+    )
     ok: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
 
     @property
@@ -131,7 +134,7 @@ class Task:
 
     def forget_plan(self) -> None:
         """Let go of what only a task under way needs: it may be long before its caller asks for the response."""
-        self.plan, self.keys, self.slots = None, b"", _NO_SLOTS
+        self.plan, self.keys, self.sequence_keys, self.slots = None, b"", b"", NO_SLOTS
 
 
 def prefix_length(ok: npt.NDArray[np.bool_]) -> int:

@@ -26,10 +26,11 @@ COMMAND = np.dtype(
         ("index", "<u4"),
         ("key", "<u8", (2,)),
         ("parent", "<u8", (2,)),
-        ("reserved", "<u8"),
+        ("epoch", "<u8"),
     ]
 )
-"""64 bytes. ``kind``: a CommandKind. ``op``: the batch's number, not 0. ``index``: the block's place in its batch. ``parent``: of a WRITE only."""
+"""64 bytes. ``kind``: a CommandKind. ``op``: the batch's number, not 0. ``index``: the block's place in its batch. ``ssd_slot``, ``parent``: of the
+SSD only, and ``parent`` of a WRITE only. ``epoch``: of a remote store only, see :func:`~flexkv_core.storage.remote.values.names_of`."""
 
 COMPLETION = np.dtype([("op", "<u8"), ("index", "<u4"), ("status", "<u4")])
 """16 bytes. ``status``: a BlockStatus. ``op`` 0: nobody asked; the SSD slot ``index`` was found corrupt by the scrubber."""
@@ -38,12 +39,13 @@ COMPLETION = np.dtype([("op", "<u8"), ("index", "<u4"), ("status", "<u4")])
 class CommandKind(IntEnum):
     """What a command asks for."""
 
-    READ = 1  # SSD slot -> host slot
-    WRITE = 2  # host slot -> SSD slot
-    FORGET = 3  # the record of the SSD slot; not answered
+    READ = 1  # SSD slot or remote value -> host slot
+    WRITE = 2  # host slot -> SSD slot or remote value
+    FORGET = 3  # the record of the SSD slot, or the remote value; not answered
     FLUSH = 4  # answered when every write and forget before it is durable
     CLEAR = 5  # all records; answered
     STOP = 6  # end within ``index`` milliseconds: what is queued is written, what does not fit in is dropped
+    EXISTS = 7  # which of a sequence's blocks a remote store has; answered OK for the longest prefix that was found
 
 
 Array = npt.NDArray[np.void]

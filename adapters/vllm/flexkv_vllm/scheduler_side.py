@@ -25,6 +25,7 @@ from flexkv_core.types import KEY_BYTES, Direction
 from flexkv_core.verify import HitSampler
 from flexkv_vllm.compat.request import is_cacheable, namespace_of, salts_of, token_list
 from flexkv_vllm.events import EventLog, publishes_events
+from flexkv_vllm.fetches import Fetches
 from flexkv_vllm.layout import check_supported, identity, ranks_of, slot_layout
 from flexkv_vllm.metadata import StepMetadata, WorkerResults
 from flexkv_vllm.prefetch import Prefetcher
@@ -112,27 +113,36 @@ class SchedulerSide:
             if config.prefetch_queued and config.ssd_dirs
             else None
         )
+        self._fetches = (
+            Fetches(self.manager, self._ended.append, config)
+            if config.remote_url and self._may_load
+            else None
+        )
 
     # A request's way in
 
     def queued(self, request: Request) -> None:
         """The engine has taken the request in, and will look it up later. Versions that do not say so are heard of with the lookup."""
-        if self._prefetcher is None or not self._may_load:
+        if not self._may_load or (self._prefetcher is None and self._fetches is None):
             return
         state = self._state(request)
-        if state is not None:
+        if state is None:
+            return
+        if self._fetches is not None:
+            self._fetches.begin(request.request_id, partial(self._prompt_keys, state))
+        if self._prefetcher is not None:
             self._prefetcher.add(request.request_id, partial(self._prompt_keys, state))
 
     def matched_tokens(self, request: Request, local_tokens: int) -> tuple[int | None, bool]:
         """Tokens that a load would add to the ``local_tokens`` that the device holds. Pins nothing; may be called every step.
 
-        None: ask again in the next step, the request's blocks are on their way from the SSD to host memory.
+        None: ask again in the next step, the request's blocks are on their way from a lower tier to host memory.
         """
         state = self._state(request)
         if state is None or not self._may_load or state.load_failed:
             return 0, False
         self.queued(request)
-        if self._prefetcher is not None and self._prefetcher.is_reading(request.request_id):
+        if self._is_on_its_way(request.request_id):
             return None, False
         state.local_tokens = local_tokens
         state.hit_blocks = self.manager.match_keys(self._prompt_keys(state))
@@ -218,6 +228,8 @@ class SchedulerSide:
         self._take_ended()
         if self._prefetcher is not None:
             self._prefetcher.remove(request.request_id)
+        if self._fetches is not None:
+            self._fetches.remove(request.request_id)
         state = self._requests.get(request.request_id)
         if state is None:
             return False
@@ -265,6 +277,13 @@ class SchedulerSide:
             state = _RequestState(request, KeyChain(root, self._block_tokens, salts_of(request)))
             self._requests[request.request_id] = state
         return state
+
+    def _is_on_its_way(self, request_id: str) -> bool:
+        if self._fetches is not None:
+            self._take_ended()  # no step may come between the report and this question
+            if self._fetches.is_pending(request_id):
+                return True
+        return self._prefetcher is not None and self._prefetcher.is_reading(request_id)
 
     def _prompt_keys(self, state: _RequestState) -> bytes:
         """Keys of the blocks that a load may bring. One token is left to compute, as with the engine's own hits: its logits are what

@@ -1,0 +1,165 @@
+"""What any remote store owes, on every store, each with its real server."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flexkv_core.storage.base import BlockStatus
+from flexkv_core.storage.remote import open_store
+from flexkv_core.storage.remote.base import RemoteSpec, RemoteStore, Value
+from tests.contract.storage.rig import LAYOUT
+from tests.stores.servers import mooncake_master, redis_server, s3_options, s3_server
+from tests.tidy.repository import ROOT
+
+OK, CORRUPT, IO_ERROR, DROPPED = BlockStatus
+HEADER, PAYLOAD, COUNT = 56, 20_000, 40
+
+
+class Rig:
+    """A store, and memory whose first half is written from and whose second is read into."""
+
+    def __init__(self, make: Callable[[RemoteSpec, list[np.ndarray]], RemoteStore], spec: RemoteSpec) -> None:
+        self.headers = np.zeros((2 * COUNT, HEADER), np.uint8)
+        self.payloads = np.zeros((2 * COUNT, PAYLOAD), np.uint8)
+        self.store = make(spec, [self.headers.reshape(-1), self.payloads.reshape(-1)])
+
+    def values(self, start: int, count: int) -> list[Value]:
+        return [Value(self.headers[i], self.payloads[i]) for i in range(start, start + count)]
+
+    def fill(self, seed: int) -> None:
+        random = np.random.default_rng(seed)
+        self.headers[:COUNT] = random.integers(0, 256, (COUNT, HEADER))
+        self.payloads[:COUNT] = random.integers(0, 256, (COUNT, PAYLOAD))
+        self.headers[COUNT:] = self.payloads[COUNT:] = 0
+
+    def same(self, index: int) -> bool:
+        mine, theirs = index, COUNT + index
+        same = (self.headers[mine] == self.headers[theirs]).all()
+        return bool(same and (self.payloads[mine] == self.payloads[theirs]).all())
+
+
+@contextlib.contextmanager
+def dir_store(folder: Path) -> Iterator[RemoteSpec]:
+    yield RemoteSpec(f"dir:{folder}/store", "p", LAYOUT)
+
+
+@contextlib.contextmanager
+def memory_store(folder: Path) -> Iterator[RemoteSpec]:
+    yield RemoteSpec("memory:", "p", LAYOUT)
+
+
+@contextlib.contextmanager
+def s3_store(folder: Path) -> Iterator[RemoteSpec]:
+    with s3_server(folder / "s3") as port:
+        yield RemoteSpec("s3://bkt/some/where", "p", LAYOUT, s3_options(port))
+
+
+@contextlib.contextmanager
+def valkey_store(folder: Path) -> Iterator[RemoteSpec]:
+    password = folder / "password"
+    password.write_text("open sesame\n")
+    with redis_server("--requirepass", "open sesame") as port:
+        yield RemoteSpec(f"valkey://127.0.0.1:{port}/1", "p", LAYOUT, password_file=str(password))
+
+
+@contextlib.contextmanager
+def mooncake_store(folder: Path) -> Iterator[RemoteSpec]:
+    with mooncake_master() as port:
+        yield RemoteSpec(f"mooncake://127.0.0.1:{port}", "p", LAYOUT, {"segment_bytes": str(64 << 20)})
+
+
+@contextlib.contextmanager
+def example_store(folder: Path) -> Iterator[RemoteSpec]:
+    """The example, installed as a distribution of its own makes itself known."""
+    installed = folder / "file_store-1.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: file-store\nVersion: 1\n")
+    (installed / "entry_points.txt").write_text("[flexkv.remote_stores]\nfiles = file_store:FileStore\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "examples"))
+        patch.syspath_prepend(str(folder))
+        yield RemoteSpec(f"files:{folder}/store", "p", LAYOUT)
+
+
+STORES = {
+    s.__name__: s for s in (example_store, dir_store, memory_store, s3_store, valkey_store, mooncake_store)
+}
+
+
+@pytest.fixture(params=STORES, scope="module")
+def rig(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    with STORES[request.param](tmp_path_factory.mktemp("store")) as spec:
+        rig = Rig(open_store, spec)
+        yield rig
+        rig.store.close()
+
+
+def names(test: str, count: int = COUNT) -> list[str]:
+    return [f"p/{test}/{i:032x}" for i in range(count)]
+
+
+def soon() -> float:
+    return time.monotonic() + 20
+
+
+def test_what_is_written_is_read(rig: Rig) -> None:
+    rig.fill(1)
+    wanted = names("read")
+    assert (rig.store.exists(wanted[: rig.store.probes_max], soon()) == DROPPED).all()
+    assert (rig.store.write(wanted, rig.values(0, COUNT), soon()) == OK).all()
+    assert (rig.store.exists(wanted[: rig.store.probes_max], soon()) == OK).all()
+    assert (rig.store.read(wanted, rig.values(COUNT, COUNT), soon()) == OK).all()
+    assert all(rig.same(i) for i in range(COUNT))
+
+
+def test_what_is_missing_is_told_apart(rig: Rig) -> None:
+    rig.fill(2)
+    wanted = names("missing", 8)
+    assert (rig.store.write(wanted[::2], rig.values(0, 8)[::2], soon()) == OK).all()
+    assert rig.store.exists(wanted, soon()).tolist() == [OK, DROPPED] * 4
+    assert rig.store.read(wanted, rig.values(COUNT, 8), soon()).tolist() == [OK, DROPPED] * 4
+    assert all(rig.same(i) for i in range(0, 8, 2))
+
+
+def test_another_length_is_no_value(rig: Rig) -> None:
+    rig.fill(3)
+    short = [Value(value.header, value.payload[:-7]) for value in rig.values(0, 2)]
+    wanted = names("length", 4)
+    assert (rig.store.write(wanted[:2], short, soon()) == OK).all()
+    assert (rig.store.write(wanted[2:], rig.values(2, 2), soon()) == OK).all()
+    found = rig.store.read(wanted[:2], rig.values(COUNT, 2), soon())
+    assert (found == CORRUPT).all()
+    less = [Value(value.header, value.payload[:-7]) for value in rig.values(COUNT, 2)]
+    assert (rig.store.read(wanted[2:], less, soon()) == CORRUPT).all()
+
+
+def test_what_is_deleted_is_missing(rig: Rig) -> None:
+    rig.fill(4)
+    wanted = names("delete", 4)
+    rig.store.write(wanted[:3], rig.values(0, 3), soon())
+    rig.store.delete(wanted[1:], soon())
+    assert rig.store.exists(wanted, soon()).tolist() == [OK, DROPPED, DROPPED, DROPPED]
+    rig.store.write(wanted[1:2], rig.values(5, 1), soon())
+    assert rig.store.read(wanted[1:2], rig.values(COUNT + 5, 1), soon()).tolist() == [OK]
+    assert rig.same(5), "a deleted value may be written anew"
+
+
+def test_a_late_call_answers_all_the_same(rig: Rig) -> None:
+    late = time.monotonic() - 1
+    for statuses in (
+        rig.store.read(names("late", 4), rig.values(COUNT, 4), late),
+        rig.store.write(names("late", 4), rig.values(0, 4), late),
+    ):
+        assert len(statuses) == 4
+        assert set(statuses.tolist()) <= {OK, IO_ERROR, DROPPED}
+
+
+def test_nothing_is_a_batch(rig: Rig) -> None:
+    assert len(rig.store.read([], [], soon())) == len(rig.store.write([], [], soon())) == 0
+    rig.store.delete([], soon())
