@@ -72,6 +72,15 @@ BENCHES: dict[str, Bench] = {
         "from the start of a process to a warm tree, the SSD tier full",
         {"seconds_per_million_blocks": Bar("<=", 2)},
     ),
+    "remote": Bench(
+        "flexkv_core.cli.bench.remote",
+        "batches of 1 MiB blocks to and from each kind of store, in turns with the store's own client used bare",
+        {
+            f"{store}_{way}_ratio": Bar(">=", 0.9)
+            for store in ("s3", "valkey", "mooncake")
+            for way in ("read", "write")
+        },
+    ),
     "overhead": Bench(
         "flexkv_core.cli.bench.overhead",
         "time to first token of requests that miss, two real vLLM servers in turns, with and without FlexKV",

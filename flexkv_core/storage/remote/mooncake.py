@@ -98,7 +98,7 @@ class MooncakeStore(RemoteStore):
     def _call(self, method: str, names: Sequence[str], *more: Any) -> list[int] | None:
         """What the client answers, a number a name; None when there is no client, or its master is away."""
         try:
-            client = self._connected()
+            client = self.client
         except (OSError, StorageError) as error:
             self._report.failed(error)
             return None
@@ -109,7 +109,9 @@ class MooncakeStore(RemoteStore):
             self._report.failed(f"{method}: the master does not answer")
         return codes
 
-    def _connected(self) -> Any:
+    @property
+    def client(self) -> Any:
+        """Mooncake's. Raises OSError or StorageError when there is none to be had."""
         with self._connecting:
             if self._client is None:
                 socket.create_connection(self._master, self._spec.timeout_s).close()

@@ -25,7 +25,7 @@ from flexkv_core.storage.base import BlockStatus, Statuses
 from flexkv_core.storage.remote.base import Bytes, RemoteSpec, RemoteStore, Value
 from flexkv_core.storage.remote.lanes import Lanes
 from flexkv_core.storage.remote.report import Reporter
-from flexkv_core.storage.remote.values import joined, split_into
+from flexkv_core.storage.remote.values import Joiner, split_into
 
 LANES = 16
 """Requests under way at a time: enough for 1 GB/s at 20 ms a request of 1 MiB."""
@@ -39,15 +39,16 @@ class ObjectsStore(RemoteStore):
     probes_max: ClassVar[int] = LANES
 
     def __init__(self, spec: RemoteSpec, regions: Sequence[Bytes]) -> None:
-        self._store = _open(spec)
+        self.client = _open(spec)
         self._lanes = Lanes(LANES, "flexkv-objects")
+        self._joiner = Joiner()
         self._report = Reporter(spec.url)
 
     def exists(self, names: Sequence[str], deadline: float) -> Statuses:
         """See the contract."""
 
         def head(index: int) -> BlockStatus:
-            found = obstore.head(self._store, names[index])
+            found = obstore.head(self.client, names[index])
             return BlockStatus.OK if found["size"] else BlockStatus.DROPPED
 
         return self._each(head, len(names), deadline)
@@ -56,7 +57,7 @@ class ObjectsStore(RemoteStore):
         """See the contract."""
 
         def get(index: int) -> BlockStatus:
-            found = obstore.get(self._store, names[index])
+            found = obstore.get(self.client, names[index])
             # Before the body is read: what the store calls this value may be of any size.
             size = found.meta["size"]
             if size != values[index].size:
@@ -69,7 +70,7 @@ class ObjectsStore(RemoteStore):
         """See the contract."""
 
         def put(index: int) -> BlockStatus:
-            obstore.put(self._store, names[index], joined(values[index]), use_multipart=False)
+            obstore.put(self.client, names[index], self._joiner.joined(values[index]), use_multipart=False)
             return BlockStatus.OK
 
         return self._each(put, len(names), deadline)
@@ -79,11 +80,11 @@ class ObjectsStore(RemoteStore):
 
         def delete(index: int) -> BlockStatus:
             try:
-                obstore.delete(self._store, names[index])
+                obstore.delete(self.client, names[index])
             except FileNotFoundError:
                 pass
             except BaseError:
-                obstore.put(self._store, names[index], b"", use_multipart=False)
+                obstore.put(self.client, names[index], b"", use_multipart=False)
             return BlockStatus.OK
 
         self._each(delete, len(names), deadline)

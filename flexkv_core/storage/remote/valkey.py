@@ -27,7 +27,7 @@ from flexkv_core.storage.base import BlockStatus, Statuses
 from flexkv_core.storage.remote.base import Bytes, RemoteSpec, RemoteStore, Value, statuses_of
 from flexkv_core.storage.remote.lanes import Lanes
 from flexkv_core.storage.remote.report import Reporter
-from flexkv_core.storage.remote.values import joined, split_into
+from flexkv_core.storage.remote.values import Joiner, split_into
 
 LANES = 4
 """Connections that move values: two fill a loopback, four hide a millisecond of network."""
@@ -55,13 +55,14 @@ class ValkeyStore(RemoteStore):
         self._make_client = _client_of(spec)
         self._expire_s = _positive_int(spec.options, "expire_s")
         self._lanes = Lanes(LANES, "flexkv-valkey")
+        self._joiner = Joiner()
         self._report = Reporter(spec.url)
         self._client: Any = None
 
     def exists(self, names: Sequence[str], deadline: float) -> Statuses:
         """See the contract."""
         try:
-            pipeline = self._connected().pipeline(transaction=False)
+            pipeline = self.client.pipeline(transaction=False)
             for name in names:
                 pipeline.exists(name)
             there = pipeline.execute()
@@ -76,7 +77,7 @@ class ValkeyStore(RemoteStore):
         """See the contract."""
 
         def get(index: int) -> BlockStatus:
-            found = self._connected().getrange(names[index], 0, values[index].size)
+            found = self.client.getrange(names[index], 0, values[index].size)
             return split_into(found, values[index]) if found else BlockStatus.DROPPED
 
         return self._each(get, len(names), deadline)
@@ -85,7 +86,7 @@ class ValkeyStore(RemoteStore):
         """See the contract."""
 
         def put(index: int) -> BlockStatus:
-            done = self._connected().set(names[index], joined(values[index]), ex=self._expire_s)
+            done = self.client.set(names[index], self._joiner.joined(values[index]), ex=self._expire_s)
             return BlockStatus.OK if done else BlockStatus.IO_ERROR
 
         return self._each(put, len(names), deadline)
@@ -94,7 +95,7 @@ class ValkeyStore(RemoteStore):
         """See the contract."""
 
         def delete(index: int) -> BlockStatus:
-            self._connected().delete(names[index])
+            self.client.delete(names[index])
             return BlockStatus.OK
 
         self._each(delete, len(names), deadline)
@@ -105,8 +106,9 @@ class ValkeyStore(RemoteStore):
         if self._client is not None:
             self._client.close()
 
-    def _connected(self) -> Any:
-        """The client; a cluster's asks for its nodes when it is made, which fails while none answers."""
+    @property
+    def client(self) -> Any:
+        """valkey-py's; a cluster's asks for its nodes when it is made, which fails while none answers."""
         if self._client is None:
             self._client = self._make_client()
         return self._client

@@ -11,6 +11,7 @@ All numbers are little-endian. The format's number is a part of the prefix too, 
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -128,9 +129,22 @@ def slot_bytes_of(host: HostSegment) -> npt.NDArray[np.uint8]:
     return np.ctypeslib.as_array(raw).reshape(host.slot_count, -1)
 
 
-def joined(value: Value) -> bytes:
-    """A value in one piece, for clients that want it so."""
-    return b"".join((value.header.data, value.payload.data))
+class Joiner:
+    """Puts values together in one piece, for clients that want them so. Each thread has one piece of memory for it, used again and again:
+    fresh memory would cost a page fault each 4 KiB, twice the time of the copy."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    def joined(self, value: Value) -> memoryview:
+        """Valid until the thread's next call."""
+        room: bytearray | None = getattr(self._local, "room", None)
+        if room is None or len(room) != value.size:
+            room = self._local.room = bytearray(value.size)
+        view, header = np.frombuffer(room, np.uint8), len(value.header)
+        view[:header] = value.header
+        view[header:] = value.payload
+        return memoryview(room)
 
 
 def split_into(data: memoryview | bytes, value: Value) -> BlockStatus:

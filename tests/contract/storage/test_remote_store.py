@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from flexkv_core.cli.harness.stores import mooncake_master, redis_server, s3_options, s3_server
 from flexkv_core.storage.base import BlockStatus
 from flexkv_core.storage.remote import open_store
 from flexkv_core.storage.remote.base import RemoteSpec, RemoteStore, Value
 from tests.contract.storage.rig import LAYOUT
-from tests.stores.servers import mooncake_master, redis_server, s3_options, s3_server
 from tests.tidy.repository import ROOT
 
 OK, CORRUPT, IO_ERROR, DROPPED = BlockStatus
