@@ -81,6 +81,15 @@ BENCHES: dict[str, Bench] = {
             for way in ("read", "write")
         },
     ),
+    "faults": Bench(
+        "flexkv_core.cli.bench.faults",
+        "200 requests to two real vLLM servers in turns: without a remote tier, and with one whose store is dead, a black hole or slow",
+        {
+            f"{figure}_ratio_{fault}": Bar(">=", 0.97)
+            for fault in ("dead", "black_hole", "slow")
+            for figure in ("throughput", "ttft")
+        },
+    ),
     "overhead": Bench(
         "flexkv_core.cli.bench.overhead",
         "time to first token of requests that miss, two real vLLM servers in turns, with and without FlexKV",

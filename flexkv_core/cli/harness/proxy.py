@@ -17,6 +17,7 @@ class Fault(Enum):
 
     NONE = "none"
     BLACK_HOLE = "black hole"  # connections are taken, nothing comes back
+    DEAD = "dead"  # connections end at once
     SLOW = "slow"  # each piece waits
     DRIP = "drip"  # a few bytes a second
     TRUNCATE = "truncate"  # the connection ends in the middle of a body
@@ -52,6 +53,9 @@ class Proxy:
     async def serve(self, client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
         """One connection."""
         self.connections += 1
+        if self.fault is Fault.DEAD:
+            to_client.close()
+            return
         reader, writer = await asyncio.open_connection("127.0.0.1", self.target)
         try:
             await asyncio.gather(self._up(client, writer, to_client), self._down(reader, to_client))

@@ -60,7 +60,8 @@ class VllmServer:
     """Starts ``vllm serve`` and stops it; use it as a context manager, in the thread that outlives it.
 
     ``arguments`` follow the model's name on the command line; ``environment`` is added to the caller's. The log goes to ``log_path``
-    (its folder must exist). Entering returns once ``/health`` answers, and raises ServerError when the process dies before that or
+    (its folder must exist). ``host``: the address to listen on. ``prefix``: a command that runs the server, in a network namespace for
+    instance. Entering returns once ``/health`` answers, and raises ServerError when the process dies before that or
     ``deadline_s`` passes. Leaving sends SIGTERM, and SIGKILL to the whole process group when that was not enough.
     """
 
@@ -72,19 +73,22 @@ class VllmServer:
         log_path: Path,
         deadline_s: float = 300.0,
         python: str = sys.executable,
+        host: str = "127.0.0.1",
+        prefix: Sequence[str] = (),
     ) -> None:
         self.port = free_port()
-        self.base_url = f"http://127.0.0.1:{self.port}"
+        self.base_url = f"http://{host}:{self.port}"
         self.log_path = log_path
         self._deadline_s = deadline_s
         self._process: subprocess.Popen[bytes] | None = None
         serve = [python, "-m", "vllm.entrypoints.cli.main", "serve", str(model), *arguments]
         self._command = [
             *_die_with_parent(),
+            *prefix,
             "env",
             *(f"{name}={value}" for name, value in environment.items()),
             *serve,
-            *("--host", "127.0.0.1", "--port", str(self.port)),
+            *("--host", host, "--port", str(self.port)),
         ]
 
     @property

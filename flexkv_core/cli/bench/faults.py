@@ -1,0 +1,113 @@
+"""What a bad store costs an engine: two real vLLM servers with FlexKV, one of them with a remote tier, asked in turns.
+
+The store is a real one behind a proxy, which is dead, answers nothing, or delays each answer; the servers stay the same, so that each fault
+finds the engine as the last one left it. Prompts are new each time: each is looked up in the store, computed, and would be written.
+As in ``overhead``, both compute on the same cores, and one idles while the other answers.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from flexkv_core.cli.bench.overhead import compute_cpus
+from flexkv_core.cli.harness.checkpoint import ensure_demo_model
+from flexkv_core.cli.harness.client import Completion, VllmClient
+from flexkv_core.cli.harness.proxy import Fault, Proxy, proxy_to
+from flexkv_core.cli.harness.server import CPU_ARGUMENTS, CPU_ENVIRONMENT, VllmServer
+from flexkv_core.cli.harness.stores import redis_server
+
+REQUESTS, QUICK_REQUESTS = 200, 10
+TURN_REQUESTS = 10  # before the other server has its turn
+PROMPT_TOKENS = 200
+ANSWER_TOKENS = 2
+SLOW_S = 0.05
+"""Of each answer: more than 100 times what this store takes on loopback (0.3 ms)."""
+FAULTS = {"dead": Fault.DEAD, "black_hole": Fault.BLACK_HOLE, "slow": Fault.SLOW}
+_WARM_UP_REQUESTS = 6
+_PAUSE_S = 0.3  # as in `overhead`: threads of the engine that answered leave the cores
+_SEED = 77
+_TOKEN_IDS = range(100, 40_000)
+
+
+def run(quick: bool = False) -> dict[str, float | bool]:
+    """For each fault ``throughput_ratio_<fault>`` (requests a second with the bad store / without a remote tier) and
+    ``ttft_ratio_<fault>`` (median time to first token without / with); then what FlexKV counted. About six minutes."""
+    requests = QUICK_REQUESTS if quick else REQUESTS
+    rng = random.Random(_SEED)
+    results: dict[str, float | bool] = {}
+    with _servers() as (proxy, with_store, without):
+        for name, fault in {"warm_up": Fault.NONE, **FAULTS}.items():
+            proxy.fault, proxy.delay_s = fault, SLOW_S
+            count = _WARM_UP_REQUESTS if fault is Fault.NONE else requests
+            bad, good = _in_turns(with_store, without, count, rng)
+            if fault is not Fault.NONE:
+                results |= _figures(name, bad, good)
+        counted = with_store.metrics()
+        for counter in ("lookups", "late_lookups", "failures", "breaker_openings", "written_blocks"):
+            results[f"remote_{counter}"] = counted.total(f"vllm:flexkv_remote_{counter}_total")
+        results["requests"] = requests
+    return results
+
+
+def _figures(name: str, bad: list[Completion], good: list[Completion]) -> dict[str, float | bool]:
+    def seconds(answers: list[Completion]) -> float:
+        return sum(answer.total_ms for answer in answers) / 1e3
+
+    def ttft_ms(answers: list[Completion]) -> float:
+        return statistics.median(answer.ttft_ms for answer in answers)
+
+    return {
+        f"throughput_ratio_{name}": seconds(good) / seconds(bad),
+        f"ttft_ratio_{name}": ttft_ms(good) / ttft_ms(bad),
+        f"ttft_with_{name}_ms": ttft_ms(bad),
+        f"ttft_without_{name}_ms": ttft_ms(good),
+        f"ttft_max_with_{name}_ms": max(answer.ttft_ms for answer in bad),
+        f"ttft_max_without_{name}_ms": max(answer.ttft_ms for answer in good),
+    }
+
+
+def _in_turns(
+    first: VllmClient, second: VllmClient, count: int, rng: random.Random
+) -> tuple[list[Completion], list[Completion]]:
+    """Answers of both to the same ``count`` prompts."""
+    answers: tuple[list[Completion], list[Completion]] = ([], [])
+    for turn, start in enumerate(range(0, count, TURN_REQUESTS)):
+        prompts = [rng.choices(_TOKEN_IDS, k=PROMPT_TOKENS) for _ in range(min(TURN_REQUESTS, count - start))]
+        for side in (0, 1) if turn % 2 else (1, 0):
+            time.sleep(_PAUSE_S)
+            client = (first, second)[side]
+            answers[side].extend(client.complete(prompt, tokens_max=ANSWER_TOKENS) for prompt in prompts)
+    return answers
+
+
+@contextmanager
+def _servers() -> Iterator[tuple[Proxy, VllmClient, VllmClient]]:
+    """The proxy in front of the store, a client of the server that has it, and one of the server without."""
+    model = ensure_demo_model()
+    arguments = [*CPU_ARGUMENTS, "--dtype", "bfloat16"]  # the last --dtype counts
+    environment = {**CPU_ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": compute_cpus()}
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flexkv-faults-")))
+        proxy = stack.enter_context(proxy_to(stack.enter_context(redis_server())))
+        clients = []
+        for name, remote in (
+            ("with", {"remote_url": f"valkey://127.0.0.1:{proxy.port}", "remote_read_tokens_min": 64}),
+            ("without", {}),
+        ):
+            transfer = {
+                "kv_connector": "FlexKVConnector",
+                "kv_role": "kv_both",
+                "kv_connector_extra_config": {"host_bytes": "1GiB", **remote},
+            }
+            more = ["--kv-transfer-config", json.dumps(transfer)]
+            server = VllmServer(model, [*arguments, *more], environment, folder / f"{name}.log")
+            stack.enter_context(server)
+            clients.append(stack.enter_context(VllmClient(server.base_url)))
+        yield proxy, clients[0], clients[1]
