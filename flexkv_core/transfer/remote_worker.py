@@ -174,10 +174,9 @@ class RemoteWorker:
         self._read_rate.wait(len(commands) * self._spec.layout.slot_bytes)
         keys, slots = np.ascontiguousarray(commands["key"]), np.ascontiguousarray(commands["host_slot"])
         epoch = int(commands["epoch"][0])
-        buffers.clear(len(commands))
         found = self._store.read(
             names_of(self._spec.prefix, keys, epoch),
-            buffers.values(slots),
+            buffers.places(keys, slots),
             time.monotonic() + self._spec.timeout_s,
         )
         statuses = buffers.verify(keys, slots, epoch, found)

@@ -133,10 +133,9 @@ class _Ours(_Sides):
 
     def _read(self, batch: int) -> None:
         keys = self._keys(batch)
-        self._buffers.clear(BATCH)
         names = names_of("bench/ours", keys, 0)
         deadline = time.monotonic() + DEADLINE_S
-        found = self.store.read(names, self._buffers.values(self._to), deadline)
+        found = self.store.read(names, self._buffers.places(keys, self._to), deadline)
         statuses = self._buffers.verify(keys, self._to, 0, found)
         assert (statuses == BlockStatus.OK).all(), statuses
 

@@ -25,10 +25,15 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class Value(NamedTuple):
-    """Where a value lies in memory: its header and, elsewhere, its payload. A store reads into both or writes from both."""
+    """Where a value lies in memory: its header and, elsewhere, its payload. A store reads into both or writes from both.
+
+    ``land``: if there, copies a payload (uint8 [bytes of it]) to where it belongs and takes its checksums on the way; for stores whose
+    library hands out memory of its own. Any thread, once a value.
+    """
 
     header: Bytes
     payload: Bytes
+    land: Callable[[Bytes], None] | None = None
 
     @property
     def size(self) -> int:

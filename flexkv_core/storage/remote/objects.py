@@ -25,7 +25,7 @@ from flexkv_core.storage.base import BlockStatus, Statuses
 from flexkv_core.storage.remote.base import Bytes, RemoteSpec, RemoteStore, Value
 from flexkv_core.storage.remote.lanes import Lanes
 from flexkv_core.storage.remote.report import Reporter
-from flexkv_core.storage.remote.values import Joiner, split_into
+from flexkv_core.storage.remote.values import split_into
 
 LANES = 16
 """Requests under way at a time: enough for 1 GB/s at 20 ms a request of 1 MiB."""
@@ -41,7 +41,6 @@ class ObjectsStore(RemoteStore):
     def __init__(self, spec: RemoteSpec, regions: Sequence[Bytes]) -> None:
         self.client = _open(spec)
         self._lanes = Lanes(LANES, "flexkv-objects")
-        self._joiner = Joiner()
         self._report = Reporter(spec.url)
 
     def exists(self, names: Sequence[str], deadline: float) -> Statuses:
@@ -70,7 +69,8 @@ class ObjectsStore(RemoteStore):
         """See the contract."""
 
         def put(index: int) -> BlockStatus:
-            obstore.put(self.client, names[index], self._joiner.joined(values[index]), use_multipart=False)
+            parts = [values[index].header.data, values[index].payload.data]
+            obstore.put(self.client, names[index], parts, use_multipart=False)
             return BlockStatus.OK
 
         return self._each(put, len(names), deadline)

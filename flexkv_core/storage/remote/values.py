@@ -13,16 +13,21 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
+from flexkv_core import native
 from flexkv_core.layout import KVLayout
 from flexkv_core.storage.base import BlockStatus, Statuses
 from flexkv_core.storage.checksum import slot_checksums
 from flexkv_core.storage.memory import HostSegment
 from flexkv_core.storage.remote.base import Bytes, Value
 from flexkv_core.types import Slots
+
+_NO_STRIDE = np.zeros(1, np.int64)
+_FIRST = np.zeros(1, np.int64)
 
 FORMAT = 1
 MAGIC = b"FKVB"
@@ -67,6 +72,8 @@ class ValueBuffers:
         self._headers = np.zeros(headers_max, header_dtype(host.layout.shard_count))
         self._header_bytes = self._headers.view(np.uint8).reshape(headers_max, -1)
         self._slots = slot_bytes_of(host)
+        self._landed = np.zeros(headers_max, np.bool_)
+        self._landed_checksums = np.zeros((headers_max, host.layout.shard_count), np.uint32)
 
     @property
     def region(self) -> Bytes:
@@ -74,12 +81,48 @@ class ValueBuffers:
         return self._header_bytes.reshape(-1)
 
     def values(self, host_slots: Slots) -> list[Value]:
-        """Where the values of a batch lie; headers in the batch's order."""
+        """Where the values of a batch lie that is written; headers in the batch's order."""
         payload = payload_bytes(self._layout)
         return [
             Value(self._header_bytes[row], self._slots[slot, :payload])
             for row, slot in enumerate(host_slots.tolist())
         ]
+
+    def places(self, keys: npt.NDArray[np.uint64], host_slots: Slots) -> list[Value]:
+        """Where the values of a batch shall lie that is read; forgets what was read before."""
+        count = len(keys)
+        self._headers[:count] = np.zeros(
+            (), self._headers.dtype
+        )  # what is not read is no header of the batch before
+        self._landed[:count] = False
+        return [
+            value._replace(land=partial(self._land, row, key, slot))
+            for row, (value, key, slot) in enumerate(
+                zip(self.values(host_slots), keys, host_slots.reshape(-1, 1), strict=True)
+            )
+        ]
+
+    def _land(self, row: int, key: npt.NDArray[np.uint64], slot: Slots, payload: Bytes) -> None:
+        """One pass over the bytes where a copy and a checksum would be two."""
+        layout = self._layout
+        for shard in range(layout.shard_count):
+            offset = shard * layout.shard_bytes
+            native.gather_crc(
+                np.array([payload.ctypes.data + offset]),
+                _NO_STRIDE,
+                layout.shard_bytes,
+                _FIRST,
+                1,
+                self._host.address,
+                layout.slot_bytes,
+                slot,
+                self._host.slot_count,
+                key.tobytes(),
+                self._landed_checksums[row, shard : shard + 1],
+                1,
+                offset,
+            )
+        self._landed[row] = True
 
     def fill(self, keys: npt.NDArray[np.uint64], host_slots: Slots, epoch: int) -> None:
         """Write the headers of a batch that is about to be written: checksums as the host tier has them."""
@@ -88,10 +131,6 @@ class ValueBuffers:
         rows["shards"], rows["payload_bytes"] = self._layout.shard_count, payload_bytes(self._layout)
         rows["epoch"], rows["key"] = epoch, keys
         rows["checksums"] = self._host.checksums[host_slots]
-
-    def clear(self, count: int) -> None:
-        """Before a read: what is not read is no header of the batch before."""
-        self._headers[:count] = np.zeros((), self._headers.dtype)
 
     def verify(
         self, keys: npt.NDArray[np.uint64], host_slots: Slots, epoch: int, statuses: Statuses
@@ -103,18 +142,26 @@ class ValueBuffers:
         same &= (rows["payload_bytes"] == payload_bytes(self._layout)) & (rows["key"] == keys).all(axis=1)
         read = statuses == BlockStatus.OK
         candidates = np.flatnonzero(read & same)
-        found = slot_checksums(
-            self._host.address,
-            self._layout,
-            np.ascontiguousarray(host_slots[candidates]),
-            np.ascontiguousarray(keys[candidates]),
-        )
+        found = self._checksums(candidates, keys, host_slots)
         right = (found == rows["checksums"][candidates]).all(axis=1)
         self._host.checksums[host_slots[candidates[right]]] = found[right]
         verified: Statuses = statuses.copy()
         verified[read] = BlockStatus.CORRUPT
         verified[candidates[right]] = BlockStatus.OK
         return verified
+
+    def _checksums(
+        self, rows: npt.NDArray[np.intp], keys: npt.NDArray[np.uint64], host_slots: Slots
+    ) -> npt.NDArray[np.uint32]:
+        """Of what lies in the slots of these rows; uint32 [rows, shards]."""
+        found: npt.NDArray[np.uint32] = self._landed_checksums[rows]
+        rest = np.flatnonzero(~self._landed[rows])
+        if len(rest):
+            slots, key = host_slots[rows[rest]], keys[rows[rest]]
+            found[rest] = slot_checksums(
+                self._host.address, self._layout, np.ascontiguousarray(slots), np.ascontiguousarray(key)
+            )
+        return found
 
 
 def payload_bytes(layout: KVLayout) -> int:
@@ -153,7 +200,10 @@ def split_into(data: memoryview | bytes, value: Value) -> BlockStatus:
     if len(found) != value.size:
         return BlockStatus.CORRUPT
     value.header[:] = found[: len(value.header)]
-    value.payload[:] = found[len(value.header) :]
+    if value.land is None:
+        value.payload[:] = found[len(value.header) :]
+    else:
+        value.land(found[len(value.header) :])
     return BlockStatus.OK
 
 
