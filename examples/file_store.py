@@ -35,7 +35,7 @@ class FileStore(RemoteStore):
             with path.open("rb") as file:
                 if os.fstat(file.fileno()).st_size != values[index].size:
                     return BlockStatus.CORRUPT
-                os.preadv(file.fileno(), list(values[index]), 0)
+                os.preadv(file.fileno(), values[index][:2], 0)
             return None
 
         return self._each(names, deadline, read)
@@ -44,7 +44,7 @@ class FileStore(RemoteStore):
         def write(index: int, path: Path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             beside = path.with_suffix(f".{os.getpid()}.{index}")  # a reader never sees a part
-            beside.write_bytes(b"".join(values[index]))
+            beside.write_bytes(b"".join(values[index][:2]))
             beside.rename(path)
 
         return self._each(names, deadline, write)
