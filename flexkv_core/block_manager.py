@@ -44,7 +44,16 @@ from flexkv_core.tasks import (
     prefix_length,
 )
 from flexkv_core.transfer.engine import TransferEngine
-from flexkv_core.transfer.plan import DeviceCopier, Executor, OpResult, OpStatus, TransferOp
+from flexkv_core.transfer.layers import LayerStatus
+from flexkv_core.transfer.plan import (
+    Delivery,
+    DeviceCopier,
+    Executor,
+    LayerwiseExecutor,
+    OpResult,
+    OpStatus,
+    TransferOp,
+)
 from flexkv_core.types import KEY_BYTES, BlockIds, Direction, Tier
 from flexkv_core.verify import settle_check
 
@@ -254,8 +263,8 @@ class BlockManager:
         task = self._begin_put(keys, on_done)
         return task.task_id, task.start_block, task.block_count
 
-    def launch_blocks(self, task_id: int, blocks: BlockIds) -> None:
-        """Start a task's copy. ``blocks``: int64 [blocks of the task * blocks_per_slot], device blocks in order."""
+    def launch_blocks(self, task_id: int, blocks: BlockIds, delivery: Delivery = Delivery.WHOLE) -> None:
+        """Start a task's copy. ``blocks``: int64 [blocks of the task * blocks_per_slot], device blocks in order. ``delivery``: of a get."""
         with self._changed:
             task = self._tasks.get(task_id)
             if task is None:
@@ -263,9 +272,18 @@ class BlockManager:
             assert not task.launched
             assert len(blocks) == task.block_count * self.layout.blocks_per_slot
             task.launched = True
-            op = TransferOp(task_id, task.direction, task.keys, task.slots, blocks, task.awaited())
+            op = TransferOp(task_id, task.direction, task.keys, task.slots, blocks, task.awaited(), delivery)
             self._start_reads(task)
         self._executor.submit(op)
+
+    def wait_layers(self, task_id: int, count: int, timeout_s: float) -> LayerStatus:
+        """Wait for the first ``count`` layers of a get with LAYERWISE delivery, see
+        :meth:`~flexkv_core.transfer.engine.TransferEngine.wait_layers`. FAILED where the executor reaches other processes: there the layers
+        are awaited by those that read them."""
+        executor = self._executor
+        if not isinstance(executor, LayerwiseExecutor):
+            return LayerStatus.FAILED
+        return executor.wait_layers(task_id, count, timeout_s)
 
     def cancel(self, task_id: int) -> None:
         """Give up a task. One that was not launched is forgotten and reports nothing; a copy that runs already ends first, its slots return

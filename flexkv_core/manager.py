@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Protocol
@@ -28,12 +29,17 @@ from flexkv_core.metrics import Counters
 from flexkv_core.storage.memory import HostSegment
 from flexkv_core.tasks import KVResponse, KVResponseStatus, OnDone, Purpose, TaskDone
 from flexkv_core.token_tasks import TokenTask, first_true, last_true, token_array
-from flexkv_core.transfer.plan import DeviceCopier, Executor
-from flexkv_core.types import BlockIds, TokenIds
+from flexkv_core.transfer.layers import LayerStatus
+from flexkv_core.transfer.plan import Delivery, DeviceCopier, Executor
+from flexkv_core.types import BlockIds, Direction, TokenIds
 
 __all__ = ["Blocks", "KVManager", "ModelConfig"]
 
 logger = logging.getLogger(__name__)
+
+
+COUNTERS_MAX = 1024
+"""Counters of layers that are remembered; of older ones nothing is awaited."""
 
 
 class Blocks(Protocol):
@@ -81,8 +87,11 @@ class Blocks(Protocol):
     def put_keys(self, keys: bytes, on_done: OnDone) -> tuple[int, int, int]:
         """Reserve; the task, its first block and how many blocks."""
 
-    def launch_blocks(self, task_id: int, blocks: BlockIds) -> None:
+    def launch_blocks(self, task_id: int, blocks: BlockIds, delivery: Delivery = Delivery.WHOLE) -> None:
         """Start a task's copy."""
+
+    def wait_layers(self, task_id: int, count: int, timeout_s: float) -> LayerStatus:
+        """Wait for the first layers of a get with LAYERWISE delivery."""
 
     def cancel(self, task_id: int) -> None:
         """Give up a task."""
@@ -121,6 +130,7 @@ class KVManager:
             threading.Condition()
         )  # never held while ``blocks`` is called, whose lock is held when it reports
         self._tasks: OrderedDict[int, TokenTask] = OrderedDict()
+        self._counters: OrderedDict[int, tuple[int, ...]] = OrderedDict()
 
     # Life
 
@@ -199,7 +209,7 @@ class KVManager:
         """
         tokens = token_array(token_ids)
         stop = len(tokens) if token_mask is None else last_true(token_mask, len(tokens))
-        task = TokenTask(len(tokens))
+        task = TokenTask(len(tokens), direction=Direction.STORE)
         keys = self._keys(tokens[:stop], namespace)
         task.task_id, task.start_block, task.block_count = self.blocks.put_keys(keys, self._reporter(task))
         self._remember(task)
@@ -257,13 +267,17 @@ class KVManager:
         Args:
             slot_mappings: per task int64: the place of each token in the engine's paged cache, for all tokens of the sequence or for
                 those of the returned mask. The tokens of one device block have consecutive places.
-            as_batch, layerwise_transfer, counter_id: accepted for callers of the reference API. A task is reported when all its
-                layers are there.
+            layerwise_transfer: deliver gets layer by layer, see :meth:`wait_layers`. A task is reported when all its layers are there.
+            counter_id: a name of the caller's for the gets of this launch; what was launched layerwise under it before is not awaited
+                any more.
+            as_batch: accepted for callers of the reference API.
 
         Raises:
             ValueError: a mapping has another length, or does not follow blocks; its task is cancelled.
         """
         assert len(task_ids) == len(slot_mappings), (len(task_ids), len(slot_mappings))
+        if layerwise_transfer:
+            self._count_layers(counter_id, task_ids)
         for task_id, slot_mapping in zip(task_ids, slot_mappings, strict=True):
             task = self._take_unlaunched(task_id)
             if task is None:
@@ -277,7 +291,8 @@ class KVManager:
             except ValueError:
                 self._drop(task)
                 raise
-            self.blocks.launch_blocks(task_id, blocks)
+            is_layerwise = layerwise_transfer and task.direction is Direction.LOAD
+            self.blocks.launch_blocks(task_id, blocks, Delivery.LAYERWISE if is_layerwise else Delivery.WHOLE)
 
     def wait(
         self, task_ids: int | Iterable[int], timeout: float = 20.0, completely: bool = False
@@ -290,6 +305,22 @@ class KVManager:
         with self._changed:
             self._changed.wait_for(lambda: all(self._ended(task_id) for task_id in ids), timeout)
             return {task_id: self._response(task_id, KVResponseStatus.TIMEOUT) for task_id in ids}
+
+    def wait_layers(self, layers: int, counter_id: int = 0, timeout: float = 20.0) -> bool:
+        """Wait at most ``timeout`` seconds until the first ``layers`` layers of all gets that were last launched layerwise under
+        ``counter_id`` may be read; with 0, until all their blocks were found whole in host memory, which comes first.
+
+        To be called by the thread that gives the device its work: what it gives from now on reads the layers' bytes (on a GPU the
+        device waits, not the thread). False when the time is over or a block will be missing: then only :meth:`wait` tells what may
+        be read. A manager whose device is an executor of other processes always says False.
+        """
+        deadline = time.monotonic() + timeout
+        with self._changed:
+            task_ids = self._counters.get(counter_id, ())
+        return all(
+            self.blocks.wait_layers(task_id, layers, max(0.0, deadline - time.monotonic())) is LayerStatus.READY
+            for task_id in task_ids
+        )
 
     def try_wait(self, task_ids: int | Iterable[int]) -> dict[int, KVResponse]:
         """The tasks' state now; what ended is forgotten."""
@@ -307,6 +338,19 @@ class KVManager:
                 self.blocks.cancel(task_id)
 
     # Inside
+
+    def _count_layers(self, counter_id: int, task_ids: Sequence[int]) -> None:
+        """Remember which gets a counter stands for; those that move nothing have nothing to wait for."""
+        with self._changed:
+            tasks = {task_id: self._tasks.get(task_id) for task_id in task_ids}
+            self._counters[counter_id] = tuple(
+                task_id
+                for task_id, task in tasks.items()
+                if task is not None and task.block_count and task.direction is Direction.LOAD
+            )
+            self._counters.move_to_end(counter_id)
+            if len(self._counters) > COUNTERS_MAX:
+                self._counters.popitem(last=False)
 
     def _keys(self, tokens: TokenIds, namespace: Sequence[str] | None) -> bytes:
         return hash_tokens(namespace_root(self.root, namespace or ()), tokens, self.layout.tokens_per_block)

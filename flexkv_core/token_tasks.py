@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flexkv_core.tasks import KVResponse, KVResponseStatus, TaskDone, prefix_length
-from flexkv_core.types import BlockIds, TokenIds
+from flexkv_core.types import BlockIds, Direction, TokenIds
 
 
 @dataclass
@@ -23,6 +23,7 @@ class TokenTask:
     block_count: int = 0
     task_id: int = -1
     launched: bool = False
+    direction: Direction = Direction.LOAD
     status: KVResponseStatus = KVResponseStatus.UNREADY
     ok: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
 

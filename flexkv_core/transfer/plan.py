@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from flexkv_core.layout import DeviceSegments
 from flexkv_core.storage.memory import HostSegment
+from flexkv_core.transfer.layers import LayerStatus
 from flexkv_core.types import KEY_BYTES, BlockIds, Direction, Slots
 
 
@@ -51,6 +52,7 @@ class TransferOp:
         assert len(self.slots) > 0
         assert len(self.blocks) % len(self.slots) == 0, (len(self.blocks), len(self.slots))
         assert self.awaited is None or len(self.awaited) == len(self.slots)
+        assert self.delivery is Delivery.WHOLE or self.direction is Direction.LOAD
 
     def part(self, indices: npt.NDArray[np.intp]) -> TransferOp:
         """The copies of some slots, in the order of ``indices``; nothing of it is awaited."""
@@ -103,6 +105,14 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """End."""
+
+
+@runtime_checkable
+class LayerwiseExecutor(Executor, Protocol):
+    """An executor whose copies run in this process, so that their layers can be awaited here."""
+
+    def wait_layers(self, op_id: int, count: int, timeout_s: float) -> LayerStatus:
+        """See :meth:`~flexkv_core.transfer.engine.TransferEngine.wait_layers`."""
 
 
 class DeviceCopier(Protocol):

@@ -14,12 +14,13 @@ import torch
 from flexkv_core.errors import LayoutError, TransferError
 from flexkv_core.layout import DeviceSegments, KVLayout
 from flexkv_core.storage.memory import HostSegment, arrival_mark
+from flexkv_core.tasks import KVResponseStatus
 from flexkv_core.transfer import layers as layers_module
 from flexkv_core.transfer.layers import LayerProgress, LayerStatus
 from flexkv_core.transfer.plan import Delivery, OpStatus, TransferOp
 from flexkv_core.types import Direction
 from flexkv_kernels import CpuCopier, pieces_of
-from tests.unit.core.device import LAYERS
+from tests.unit.core.device import BLOCK_TOKENS, LAYERS, Device, places
 from tests.unit.core.test_transfer import Rig
 
 TIMEOUT_S = 30
@@ -235,3 +236,43 @@ def test_layers_that_do_not_fit_are_refused() -> None:
     with pytest.raises(LayoutError, match="expected one a tensor"):
         pieces_of([torch.zeros(4, 4)], layers=[0, 1])
     assert DeviceSegments(places, np.full(3, 16), 16, 4).layer_count == 1
+
+
+def test_a_caller_of_the_token_api_awaits_layers_by_its_counter() -> None:
+    device = Device()
+    manager = device.manager()
+    tokens, others = np.arange(64), np.arange(1000, 1048)
+    for place, sequence in ((0, tokens), (4, others)):
+        blocks = list(range(place, place + len(sequence) // BLOCK_TOKENS))
+        for block in blocks:
+            device.fill(block, block)
+        manager.wait(manager.put_async(sequence, places(blocks)))
+    stored = [tensor.clone() for tensor in device.tensors]
+    for tensor in device.tensors:
+        tensor.zero_()
+    steps = [threading.Event() for _ in range(LAYERS)]
+    device.copier.hold_layer = lambda layer: steps[layer].wait(TIMEOUT_S)
+    tasks = [manager.get_match(sequence)[0] for sequence in (tokens, others, np.arange(5000, 5032))]
+    mappings = [places([0, 1, 2, 3]), places([4, 5, 6]), places([8, 9])[:0]]
+    manager.launch(tasks, mappings, layerwise_transfer=True, counter_id=7)
+    assert not manager.wait_layers(1, counter_id=7, timeout=0.02)
+    steps[0].set()
+    steps[1].set()
+    assert not manager.wait_layers(3, counter_id=7, timeout=0.02)
+    steps[2].set()
+    assert manager.wait_layers(3, counter_id=7, timeout=TIMEOUT_S)
+    assert all(torch.equal(tensor, before) for tensor, before in zip(device.tensors, stored, strict=True))
+    assert manager.wait_layers(3, counter_id=8, timeout=0)  # nothing was launched under it
+    assert {response.status for response in manager.wait(tasks).values()} == {KVResponseStatus.SUCCESS}
+    manager.shutdown()
+
+
+def test_a_put_that_is_launched_layerwise_is_a_put() -> None:
+    device = Device()
+    manager = device.manager()
+    device.fill(0, 3)
+    task, _ = manager.put_match(np.arange(BLOCK_TOKENS))
+    manager.launch([task], [places([0])], layerwise_transfer=True)
+    assert manager.wait(task)[task].status is KVResponseStatus.SUCCESS
+    assert manager.wait_layers(1)
+    manager.shutdown()
