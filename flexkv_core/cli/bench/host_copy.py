@@ -1,5 +1,8 @@
 """Paged copies against a contiguous memcpy, checksums, and block hashing; single-threaded, on the tables that the product uses.
 
+The layouts are those of 32 layers with K and V: each layer's K and V in planes of their own (``apart``: ``[2, blocks, …]``, or SGLang's
+pools), beside each other within a block (``joined``: ``[blocks, 2, …]``), and all layers of a block in one place (``packed``).
+
 Method: two buffers far larger than the caches, touched before. Each round runs every copy once over all blocks in a fresh random order,
 and one contiguous memcpy of the same bytes before and after each; a ratio is the mean of those two over the copy's time, so that what
 else the machine does falls on both. Medians over rounds. The memcpy is libc's on more bytes than its own threshold for streaming
@@ -21,8 +24,11 @@ import numpy.typing as npt
 from flexkv_core import native
 from flexkv_core.types import KEY_BYTES
 
-_SEGMENTS = 60  # K and V of 30 layers
+_LAYERS = 32
+_SEGMENTS = 2 * _LAYERS  # K and V
+_LAYOUTS = ("apart", "joined", "packed")
 _PIECES_BYTES = {"16k": 16 << 10, "64k": 64 << 10}
+_COPIES = ("gather", "scatter", "gather_crc", "scatter_verify", "scatter_layers")
 _GIB = 1 << 30
 
 
@@ -47,29 +53,33 @@ class _Geometry:
     piece_bytes: int
     arguments: Mapping[str, Any]  # of native.gather
     count: int
+    layer_segments: int  # neighbours in a slot
 
     @classmethod
-    def random(cls, arena: _Arena, piece_bytes: int, rng: np.random.Generator) -> _Geometry:
+    def random(cls, arena: _Arena, layout: str, piece_bytes: int, rng: np.random.Generator) -> _Geometry:
         """A fresh random order of all blocks and of all slots."""
         image_bytes = _SEGMENTS * piece_bytes
         count = len(arena.paged) // image_bytes
-        base = arena.paged.ctypes.data
-        addrs = base + np.arange(_SEGMENTS, dtype=np.int64) * count * piece_bytes
-        strides = np.full(_SEGMENTS, piece_bytes, np.int64)
-        blocks = rng.permutation(count).astype(np.int64)
-        slots = rng.permutation(count).astype(np.int32)
+        joined = 1 if layout == "apart" else 2  # K and V side by side: one piece
+        size, segments = joined * piece_bytes, _SEGMENTS // joined
+        step, stride = (size, image_bytes) if layout == "packed" else (count * size, size)
         arguments = {
-            "segment_addrs": addrs,
-            "block_strides": strides,
-            "piece_bytes": piece_bytes,
-            "blocks": blocks,
+            "segment_addrs": arena.paged.ctypes.data + np.arange(segments, dtype=np.int64) * step,
+            "block_strides": np.full(segments, stride, np.int64),
+            "piece_bytes": size,
+            "blocks": rng.permutation(count).astype(np.int64),
             "block_count": count,
             "slot_base": arena.pool.ctypes.data,
             "slot_stride": image_bytes,
-            "slots": slots,
+            "slots": rng.permutation(count).astype(np.int32),
             "slot_count": count,
         }
-        return cls(piece_bytes, arguments, count)
+        return cls(piece_bytes, arguments, count, segments // _LAYERS)
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of one block."""
+        return _SEGMENTS * self.piece_bytes
 
     @property
     def data_bytes(self) -> int:
@@ -80,12 +90,20 @@ class _Geometry:
 def run(quick: bool = False) -> dict[str, float]:
     """Measure gather, scatter and their checksumming forms; ratios to memcpy (higher is better) and GB/s of payload.
 
+    ``<copy>_<size>_ratio`` is the worst layout's, ``<copy>_<size>_<layout>_ratio`` each one's. ``scatter_layers`` copies layer by layer.
     Takes 2 GiB of memory (``quick``: 128 MiB, whose ratios mean little).
     """
-    arena = _Arena.touched(_GIB // 16 if quick else _GIB, rounds=3 if quick else 11)
+    arena = _Arena.touched(_GIB // 16 if quick else _GIB, rounds=3 if quick else 9)
     figures: dict[str, float] = {}
     for size, piece_bytes in _PIECES_BYTES.items():
-        figures.update(_copy_figures(arena, size, piece_bytes))
+        of_layouts = [_copy_figures(arena, size, layout, piece_bytes) for layout in _LAYOUTS]
+        for name in _COPIES:
+            figures[f"{name}_{size}_ratio"] = min(
+                of_layout[f"{name}_{size}_{layout}_ratio"]
+                for of_layout, layout in zip(of_layouts, _LAYOUTS, strict=True)
+            )
+        for of_layout in of_layouts:
+            figures |= of_layout
     figures["crc32c_gbs"] = crc32c_gbs()
     figures["hash_block_ns"] = hash_block_ns()
     return figures
@@ -108,13 +126,13 @@ def crc32c_gbs(data_bytes: int = 1 << 20, batches: int = 20) -> float:
     return data_bytes / _undisturbed_s(lambda: native.crc32c(data), batches) / 1e9
 
 
-def _copy_figures(arena: _Arena, size: str, piece_bytes: int) -> dict[str, float]:
-    """The figures of one piece size. Every round takes the copies in another order."""
+def _copy_figures(arena: _Arena, size: str, layout: str, piece_bytes: int) -> dict[str, float]:
+    """The figures of one layout and piece size. Every round takes the copies in another order."""
     rng = np.random.default_rng(piece_bytes)
     ratios: dict[str, list[float]] = {}
     speeds: dict[str, list[float]] = {}
     for _ in range(arena.rounds):
-        geometry = _Geometry.random(arena, piece_bytes, rng)
+        geometry = _Geometry.random(arena, layout, piece_bytes, rng)
         copies = _copies(geometry)
         before = _memcpy_s(arena, geometry.data_bytes)
         speeds.setdefault("memcpy", []).append(geometry.data_bytes / before / 1e9)
@@ -124,11 +142,10 @@ def _copy_figures(arena: _Arena, size: str, piece_bytes: int) -> dict[str, float
             ratios.setdefault(name, []).append((before + after) / 2 / elapsed)
             speeds.setdefault(name, []).append(geometry.data_bytes / elapsed / 1e9)
             before = after
-    figures = {
-        f"{name}_{size}_ratio": median(ratios[name])
-        for name in ("gather", "scatter", "gather_crc", "scatter_verify")
+    figures = {f"{name}_{size}_{layout}_ratio": median(ratios[name]) for name in _COPIES}
+    return figures | {
+        f"{name}_{size}_{layout}_gbs": median(values) for name, values in sorted(speeds.items())
     }
-    return figures | {f"{name}_{size}_gbs": median(values) for name, values in sorted(speeds.items())}
 
 
 def _copies(geometry: _Geometry) -> Mapping[str, Callable[[], object]]:
@@ -144,11 +161,19 @@ def _copies(geometry: _Geometry) -> Mapping[str, Callable[[], object]]:
         mismatches = native.scatter_verify(**arguments, keys=keys, crc_expected=expected, ok_out=ok)
         assert mismatches == 0, f"{mismatches} of {count} images failed their checksum"
 
+    def scatter_layers() -> None:
+        for first in range(0, len(arguments["segment_addrs"]), geometry.layer_segments):
+            run = slice(first, first + geometry.layer_segments)
+            some = {name: arguments[name][run] for name in ("segment_addrs", "block_strides")}
+            place = {"shard_offset": first * arguments["piece_bytes"], "image_stride": geometry.image_bytes}
+            native.scatter(**{**arguments, **some, **place})
+
     return {
         "gather": lambda: native.gather(**arguments),
         "scatter": lambda: native.scatter(**arguments),
         "gather_crc": lambda: native.gather_crc(**arguments, keys=keys, crc_out=crcs),
         "scatter_verify": scatter_verify,
+        "scatter_layers": scatter_layers,
     }
 
 
