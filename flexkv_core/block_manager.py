@@ -227,6 +227,11 @@ class BlockManager:
         with self._changed:
             return 0 if self._closed else self._cache.match(keys)
 
+    def is_in_host(self, keys: bytes, start_block: int) -> bool:
+        """Whether all blocks of ``keys`` from ``start_block`` on could be loaded without a lower tier; pins nothing, changes nothing."""
+        with self._changed:
+            return not self._closed and self._cache.holds(keys, start_block)
+
     def get_keys(
         self, keys: bytes, start_block: int, on_done: OnDone, purpose: Purpose = Purpose.GET
     ) -> tuple[int, int]:

@@ -250,6 +250,11 @@ class FlexKVConfig(BaseSettings):
         description="A hit of fewer tokens than this is recomputed, not loaded.",
         json_schema_extra=_allowed("integer ≥ 0"),
     )
+    layerwise_bytes_max: Annotated[ByteSize, Field(ge=0)] = Field(
+        default=ByteSize(0),
+        description="A hit in host memory of at most this size that comes alone is loaded layer by layer while the engine computes.",
+        json_schema_extra=_allowed(_SIZE),
+    )
     prefetch_queued: bool = Field(
         default=False,
         description="Read from the SSD into host memory for requests that wait in the engine's queue.",

@@ -318,7 +318,8 @@ class KVManager:
         with self._changed:
             task_ids = self._counters.get(counter_id, ())
         return all(
-            self.blocks.wait_layers(task_id, layers, max(0.0, deadline - time.monotonic())) is LayerStatus.READY
+            self.blocks.wait_layers(task_id, layers, max(0.0, deadline - time.monotonic()))
+            is LayerStatus.READY
             for task_id in task_ids
         )
 

@@ -54,6 +54,14 @@ class GlobalCacheEngine:
         """Blocks of the longest published prefix over all tiers. Takes no lease and does not count as a use."""
         return self.index.match(keys, 0, None, Tier.HOST, False)[0]
 
+    def holds(self, keys: bytes, start_block: int, tier: Tier = Tier.HOST) -> bool:
+        """Whether a tier has every block of ``keys`` from ``start_block`` on, published. As :meth:`match`."""
+        total = len(keys) // KEY_BYTES
+        slots: Slots = np.empty(max(0, total - start_block), dtype=np.int32)
+        return self.index.match(keys, start_block, slots, tier, False)[0] == total and bool(
+            (slots >= 0).all()
+        )
+
     @property
     def lease_count(self) -> int:
         """Plans that have not ended."""

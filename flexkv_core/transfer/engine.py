@@ -144,9 +144,15 @@ class TransferEngine:
         1,024 are remembered; of older ones and of ops that were refused the answer is FAILED). With READY, what that thread gives the
         device from now on reads the layers' bytes, all of them checked; on a GPU the device waits for that, not the thread. With FAILED
         or LATE nothing may be read; a load that is LATE goes on to write to its blocks until it is reported. ``count`` 0 waits until all
-        blocks have passed their check.
+        blocks have passed their check. While it waits, the thread takes a hand in what is checked or copied in pieces.
         """
-        status, layer = self._layers.wait(op_id, count, timeout_s)
+        deadline = time.monotonic() + timeout_s
+        status, layer = self._layers.wait(op_id, count, 0)
+        pieces = self._pieces
+        if status is LayerStatus.LATE:
+            if pieces is not None:
+                pieces.work()  # blocks that are checked before the first layer comes: two threads are done earlier
+            status, layer = self._layers.wait(op_id, count, deadline - time.monotonic())
         if layer is not None:
             self._copier.follow(layer)
         return status

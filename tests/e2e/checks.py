@@ -94,6 +94,17 @@ def load_zeros_last(scatter: Scatter) -> Scatter:
     return sabotaged
 
 
+def load_zeros_layerwise(
+    copier: CpuCopier, op: TransferOp, after: object, on_layer: Callable[[object], None]
+) -> None:
+    """As :func:`load_zeros_last`, for loads layer by layer: nothing comes."""
+    for _ in range(copier.segments.layer_count):
+        for block in op.blocks[op.blocks >= 0].tolist():
+            for address in _pieces(copier, block):
+                ctypes.memset(address, 0, copier.segments.piece_bytes)
+        on_layer(None)
+
+
 def swap_blocks(scatter: Scatter) -> Scatter:
     """The first two blocks that a load brings are swapped."""
 

@@ -42,13 +42,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def _sabotaged_copies(request: pytest.FixtureRequest) -> Iterator[None]:
+def _sabotaged_copies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if not request.config.getoption("--sabotage"):
         yield
         return
     # Here, because vLLM reads its environment when it is imported.
-    from tests.e2e.checks import load_zeros_last, patched_scatter
+    from flexkv_kernels.copier import CpuCopier
+    from tests.e2e.checks import load_zeros_last, load_zeros_layerwise, patched_scatter
 
+    monkeypatch.setattr(CpuCopier, "scatter_layers", load_zeros_layerwise)
     with patched_scatter(load_zeros_last):
         yield
 

@@ -57,7 +57,7 @@ class Answer:
 @dataclass
 class _Running:
     blocks: tuple[int, ...] = ()
-    external_tokens: int = 0
+    external_tokens: int | None = None
     preemptions: int = 0
     final: Any = None
 
@@ -96,6 +96,9 @@ class Engine:
             _forget_engine()
             raise
         self._next_id = 0
+        self._promised: dict[str, int] = {}
+        if self.with_flexkv:
+            self._note_promises()
         return self
 
     def __exit__(
@@ -175,8 +178,21 @@ class Engine:
             for output in outputs:
                 if output.finished and request_id.startswith(output.request_id):
                     request.final = output
+                    if request.external_tokens is None:
+                        request.external_tokens = self._promised.get(request_id, 0)
         if not outputs:
             time.sleep(0.0005)  # a load is on its way; the engine itself polls every 2 ms
+
+    def _note_promises(self) -> None:
+        """Remember what FlexKV was asked to load: of a load within the step the engine's own count is gone with the first token."""
+        allocated = self.connector.update_state_after_alloc
+
+        def noted(request: Any, blocks: Any, external_tokens: int) -> None:
+            if external_tokens:
+                self._promised[request.request_id] = external_tokens
+            allocated(request, blocks, external_tokens)
+
+        self.connector.update_state_after_alloc = noted
 
     def abort(self, request_id: str) -> None:
         """Ends a request wherever it is."""
@@ -235,7 +251,7 @@ def _answer(request: _Running) -> Answer:
             for position in output.logprobs
         ),
         cached_tokens=int(request.final.num_cached_tokens or 0),
-        external_tokens=request.external_tokens,
+        external_tokens=request.external_tokens or 0,
         preemptions=request.preemptions,
         finish_reason=output.finish_reason,
         blocks=request.blocks,

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from vllm.distributed.kv_events import KVCacheEvent
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
     from vllm.forward_context import ForwardContext
-    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import KVConnectorOutput
@@ -86,7 +86,12 @@ class FlexKVConnector(KVConnectorBase_V1):
         """Loads have started already."""
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Loads are asynchronous: a request in the batch has its blocks."""
+        self._worker.wait_for_layer(layer_name)
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """A graph of the whole forward would not wait for layers."""
+        return load_config(extra_config).layerwise_bytes_max > 0
 
     def save_kv_layer(
         self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
@@ -108,12 +113,16 @@ class FlexKVConnector(KVConnectorBase_V1):
     # Scheduler's side
 
     def on_new_request(self, request: Request) -> None:
-        self._scheduler.queued(request)
+        self._scheduler.arrived(request)
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
         return self._scheduler.matched_tokens(request, num_computed_tokens)
+
+    def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
+        super().bind_kv_cache_manager(kv_cache_manager)
+        self._scheduler.bind(kv_cache_manager)
 
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int

@@ -122,6 +122,14 @@ def device_segments(kv_caches: Mapping[str, torch.Tensor], kv_cache_config: KVCa
     return pieces_of(list(planes.values()), layers=layers)
 
 
+def layer_numbers(kv_caches: Mapping[str, torch.Tensor], kv_cache_config: KVCacheConfig) -> dict[str, int]:
+    """Each layer as the segments of :func:`device_segments` count them; layers that share a tensor have one number."""
+    numbers: dict[int, int] = {}
+    for name in sorted(kv_caches, key=_layer_order(kv_cache_config)):
+        numbers.setdefault(kv_caches[name].data_ptr(), len(numbers))
+    return {name: numbers[tensor.data_ptr()] for name, tensor in kv_caches.items()}
+
+
 def identity(
     vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: FlexKVConfig
 ) -> dict[str, object]:

@@ -23,6 +23,7 @@ class StepMetadata(KVConnectorMetadata):
         wait_before: stores and checks that must end before the step begins: their blocks were taken away by a preemption.
         releases: finished request -> the stores that its blocks are held for.
         unloadable: request -> device blocks that were promised and cannot be loaded; they are reported as failed.
+        in_step: requests of which the load, and what is unloadable, belongs to this very step, see ``in_step.py``.
         idle: the step computes nothing, so that a worker may wait a little for its copies.
     """
 
@@ -33,6 +34,7 @@ class StepMetadata(KVConnectorMetadata):
     wait_before: frozenset[int] = frozenset()
     releases: Mapping[str, frozenset[int]] = field(default_factory=dict)
     unloadable: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    in_step: frozenset[str] = frozenset()
     idle: bool = False
 
 

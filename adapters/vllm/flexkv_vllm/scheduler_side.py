@@ -20,12 +20,13 @@ from flexkv_core.block_manager import BlockManager, ModelConfig
 from flexkv_core.config import FlexKVConfig
 from flexkv_core.keys import KeyChain, namespace_root
 from flexkv_core.tasks import KVResponseStatus, Purpose, TaskDone, prefix_length
-from flexkv_core.transfer.plan import TransferOp
+from flexkv_core.transfer.plan import Delivery, TransferOp
 from flexkv_core.types import KEY_BYTES, Direction
 from flexkv_core.verify import HitSampler
 from flexkv_vllm.compat.request import is_cacheable, namespace_of, salts_of, token_list
 from flexkv_vllm.events import EventLog, publishes_events
 from flexkv_vllm.fetches import Fetches
+from flexkv_vllm.in_step import InStepPolicy
 from flexkv_vllm.layout import check_supported, identity, ranks_of, slot_layout
 from flexkv_vllm.metadata import StepMetadata, WorkerResults
 from flexkv_vllm.prefetch import Prefetcher
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
     from vllm.config import VllmConfig
     from vllm.distributed.kv_events import KVCacheEvent
-    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
@@ -69,6 +70,8 @@ class _RequestState:
     check: _Check | None = None
     loading: int | None = None  # the load under way
     load_failed: bool = False
+    is_in_step: bool = False  # the load that was promised last is within its step
+    restore_from: int | None = None  # after such a load failed: what was stored in its step is not there
 
 
 class SchedulerSide:
@@ -92,6 +95,8 @@ class SchedulerSide:
         self.events = EventLog(
             layout.tokens_per_block, enabled=config.events and publishes_events(vllm_config)
         )
+        self._in_step = InStepPolicy(vllm_config, config)
+        self._loads_in_step: set[str] = set()  # since the last step
         self._sampler = HitSampler(config.verify_sample)
         self._checks: set[int] = set()  # planned since the last step
         model = ModelConfig(
@@ -121,8 +126,17 @@ class SchedulerSide:
 
     # A request's way in
 
-    def queued(self, request: Request) -> None:
+    def bind(self, kv_cache_manager: KVCacheManager) -> None:
+        """The engine's cache manager, where the version shows it."""
+        self._in_step.bind(kv_cache_manager)
+
+    def arrived(self, request: Request) -> None:
         """The engine has taken the request in, and will look it up later. Versions that do not say so are heard of with the lookup."""
+        self._in_step.arrived(request.request_id)
+        self.queued(request)
+
+    def queued(self, request: Request) -> None:
+        """Read ahead for a request that the engine will look up later."""
         if not self._may_load or (self._prefetcher is None and self._fetches is None):
             return
         state = self._state(request)
@@ -154,7 +168,8 @@ class SchedulerSide:
             state.check = _Check(local_tokens // self._block_tokens, state.hit_blocks)
             state.hit_blocks = 0
             return 0, False
-        return gain, True
+        state.is_in_step = self._is_loaded_in_step(state)
+        return gain, not state.is_in_step
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, external_tokens: int) -> None:
         """Start the load that :meth:`matched_tokens` promised into the blocks that the engine took for it."""
@@ -178,12 +193,15 @@ class SchedulerSide:
             lambda done: self._ended.append(partial(self._load_ended, request.request_id, done)),
         )
         found = wanted[: count * self._per_slot]
+        if state.is_in_step:
+            self._loads_in_step.add(request.request_id)
         if count:
             state.loading = task_id
-            self.manager.launch_blocks(task_id, found)
+            delivery = Delivery.LAYERWISE if state.is_in_step else Delivery.WHOLE
+            self.manager.launch_blocks(task_id, found, delivery)
         if count < state.hit_blocks - start:
             # Less than was promised: host memory has no room for what the SSD holds. The rest counts as failed and is computed.
-            state.load_failed = True
+            self._load_failed(state)
             self._unloadable[request.request_id] = tuple(
                 int(block) for block in wanted[len(found) :] if block >= 0
             )
@@ -210,9 +228,11 @@ class SchedulerSide:
             wait_before=wait_before,
             releases=self._releases,
             unloadable=self._unloadable,
+            in_step=frozenset(self._loads_in_step),
             idle=output.total_num_scheduled_tokens == 0,
         )
         self._releases, self._unloadable = {}, {}
+        self._loads_in_step.clear()
         return metadata
 
     def take_results(self, results: WorkerResults) -> None:
@@ -226,6 +246,7 @@ class SchedulerSide:
     def finished(self, request: Request, device_blocks: list[int]) -> bool:
         """Store what is left; True when the blocks must be kept until the workers have named the request."""
         self._take_ended()
+        self._in_step.left(request.request_id)
         if self._prefetcher is not None:
             self._prefetcher.remove(request.request_id)
         if self._fetches is not None:
@@ -390,9 +411,23 @@ class SchedulerSide:
             return
         state.loading = None
         if done.status is not KVResponseStatus.SUCCESS:
-            state.load_failed = True  # what failed once is recomputed, not asked for again
+            self._load_failed(state)
         if state.request.is_finished():
             del self._requests[request_id]
+
+    def _load_failed(self, state: _RequestState) -> None:
+        """What failed once is recomputed, not asked for again."""
+        state.load_failed = True
+        if state.is_in_step:
+            state.restore_from = state.local_tokens // self._block_tokens
+            self._in_step.failed(state.device_blocks)
+
+    def _is_loaded_in_step(self, state: _RequestState) -> bool:
+        start = state.local_tokens // self._block_tokens
+        size = (state.hit_blocks - start) * self.manager.layout.slot_bytes
+        return self._in_step.allows(state.request.request_id, size) and self.manager.is_in_host(
+            state.chain.keys(state.hit_blocks), start
+        )
 
     def _check_ended(self, state: _RequestState, done: TaskDone) -> None:
         del state.stores[done.task_id]
@@ -413,5 +448,8 @@ class SchedulerSide:
     def _store_ended(self, state: _RequestState, done: TaskDone) -> None:
         start = state.stores.pop(done.task_id)
         count = prefix_length(done.ok)
+        if state.restore_from is not None:
+            # The step that the store belongs to had a load that failed. What it computed is being computed again.
+            state.planned_blocks, state.restore_from = min(state.planned_blocks, state.restore_from), None
         if count and self.events.enabled:
             self.events.stored(state.chain.keys(start + count), start, state.request)

@@ -23,7 +23,8 @@ from flexkv_core.transfer.engine import TransferEngine
 from flexkv_core.transfer.plan import DeviceCopier, OpResult, OpStatus, TransferOp
 from flexkv_core.verify import TOLERANCES, ShadowCopier
 from flexkv_kernels import copier_over
-from flexkv_vllm.layout import check_supported, device_segments, ranks_of, slot_layout
+from flexkv_vllm.in_step import InStepLoads
+from flexkv_vllm.layout import check_supported, device_segments, layer_numbers, ranks_of, slot_layout
 from flexkv_vllm.metadata import StepMetadata, WorkerResults
 from flexkv_vllm.ranks import fill_shard
 
@@ -62,6 +63,8 @@ class WorkerSide:
         self._releases: dict[str, frozenset[int]] = {}
         self._loaded: set[str] = set()
         self._failed_blocks: set[int] = set()
+        self._in_step: InStepLoads | None = None
+        self._step_failed = False  # a load within this step did
         self._outbox: dict[int, tuple[OpResult, ...]] = {}
 
     def register(self, kv_caches: Mapping[str, torch.Tensor], stage: int, tensor_rank: int) -> None:
@@ -77,6 +80,8 @@ class WorkerSide:
         memory = (kv_caches, spare)
         self._shard, self._writes = ranks.shard(stage, tensor_rank), ranks.writes(tensor_rank)
         self._copier = copier_over(segments, tensor.device, memory)
+        numbers = layer_numbers(kv_caches, self._kv_cache_config)
+        self._in_step = InStepLoads(numbers, self._config.transfer_timeout_s)
         dtype = str(tensor.dtype).removeprefix("torch.")
         if self._config.verify_sample and dtype in TOLERANCES:
             self._shadow = ShadowCopier(copier_over(segments, tensor.device, memory), dtype)
@@ -97,35 +102,50 @@ class WorkerSide:
 
     def start_loads(self, metadata: StepMetadata) -> None:
         """Submit the step's loads."""
+        self._step_failed = False
         for request_id, blocks in metadata.unloadable.items():
             self._failed_blocks.update(blocks)
-            if request_id not in metadata.loads:
+            if request_id in metadata.in_step:
+                self._step_failed = True
+            elif request_id not in metadata.loads:
                 self._loaded.add(request_id)
         for request_id, op in metadata.loads.items():
             self._loads[op.op_id] = (request_id, op)
             self._submit(op, metadata)
+            if request_id in metadata.in_step and self._engine is not None and self._in_step is not None:
+                self._in_step.begin(self._engine, op.op_id)
+
+    def wait_for_layer(self, name: str) -> None:
+        """Attention on the layer ``name`` follows."""
+        if self._in_step is not None:
+            self._in_step.wait_for_layer(name)
 
     def start_stores(self, metadata: StepMetadata) -> None:
-        """Submit the stores and the checks of what the step has computed."""
-        for op in metadata.stores:
+        """Submit the stores and the checks of what the step has computed; not where it computed from missing bytes."""
+        self._end_loads_in_step(metadata)
+        for op in metadata.stores if not self._step_failed else ():
             if self._writes:
                 self._submit(op, metadata)
             else:  # another rank stores the same bytes
                 self._results.append(OpResult(op.op_id, OpStatus.DONE, np.ones(len(op.slots), np.bool_)))
-        for op in metadata.checks:
+        for op in metadata.checks if not self._step_failed else ():
             self._submit(op, metadata, is_check=True)
+        if self._step_failed:
+            for op in (*metadata.stores, *metadata.checks):
+                self._results.append(OpResult(op.op_id, OpStatus.FAILED, np.zeros(len(op.slots), np.bool_)))
         self._releases.update(metadata.releases)
 
     def finished(self, metadata: StepMetadata) -> tuple[set[str], set[str]]:
         """Requests whose blocks may be freed, and requests whose load has ended, since the last call."""
         if metadata.idle:
             self._wait_for_one()
+        self._end_loads_in_step(metadata)
         with self._changed:
             results, self._results = self._results, []
             unfinished = self._unfinished.keys()
             released = {request for request, ops in self._releases.items() if unfinished.isdisjoint(ops)}
         for result in results:
-            self._take(result)
+            self._take(result, metadata)
         for request in released:
             del self._releases[request]
         loaded, self._loaded = self._loaded, set()
@@ -233,13 +253,30 @@ class WorkerSide:
             if self._unfinished and not self._results:
                 self._changed.wait_for(lambda: bool(self._results), deadline - time.monotonic())
 
-    def _take(self, result: OpResult) -> None:
+    def _end_loads_in_step(self, metadata: StepMetadata) -> None:
+        """Before anything is reported of the step."""
+        if self._in_step is None:
+            return
+        unwaited = self._in_step.end()
+        op_ids = {op.op_id for request_id, op in metadata.loads.items() if request_id in metadata.in_step}
+        with self._changed:
+            self._results = [
+                replace(result, status=OpStatus.FAILED, ok=np.zeros_like(result.ok))
+                if result.op_id in unwaited
+                else result
+                for result in self._results
+            ]
+            ended = [result for result in self._results if result.op_id in op_ids]
+        self._step_failed |= not all(result.ok.all() for result in ended)
+
+    def _take(self, result: OpResult, metadata: StepMetadata) -> None:
         self._outbox[result.op_id] = (result,)
         load = self._loads.pop(result.op_id, None)
         if load is None:
             return
         request_id, op = load
-        self._loaded.add(request_id)
+        if request_id not in metadata.in_step:
+            self._loaded.add(request_id)
         self._failed_blocks.update(_blocks_without_bytes(op, result))
 
 

@@ -100,6 +100,11 @@ BENCHES: dict[str, Bench] = {
         "time to first token of hits in host memory, real vLLM servers in turns: FlexKV and vLLM's own offloading",
         {"host_hit_ratio": Bar("<=", 1.0)},
     ),
+    "layerwise": Bench(
+        "flexkv_core.cli.bench.layerwise",
+        "time to first token of hits in host memory, a real vLLM server: layer by layer and whole in turns",
+        {"ttft_layerwise_ratio": Bar("<=", 1.0)},
+    ),
     "startup": Bench(
         "flexkv_core.cli.bench.startup",
         "start of a real vLLM server until it answers, in turns, with and without FlexKV",

@@ -43,7 +43,7 @@ def run(quick: bool = False) -> dict[str, float]:
     """
     with_ms, without_ms = _measure(QUICK_PAIRS if quick else PAIRS)
     ratios = [a / b for a, b in zip(with_ms, without_ms, strict=True)]
-    low, high = _interval(ratios)
+    low, high = interval(ratios)
     return {
         "ttft_miss_ratio": statistics.median(ratios),
         "ttft_miss_ratio_low": low,
@@ -87,7 +87,7 @@ def compute_cpus() -> str:
     return ",".join(str(cpu) for cpu in cpus[:-1] or cpus)
 
 
-def _interval(values: Sequence[float]) -> tuple[float, float]:
+def interval(values: Sequence[float]) -> tuple[float, float]:
     """A 95 % bootstrap interval of the median."""
     rng = random.Random(_SEED)
     medians = sorted(statistics.median(rng.choices(values, k=len(values))) for _ in range(_RESAMPLES))
