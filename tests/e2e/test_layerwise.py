@@ -229,12 +229,12 @@ def test_abort_and_preemption(engine: Engine, layerwise_loads: list[int]) -> Non
     assert engine.free_blocks() == DEVICE_BLOCKS - 1  # vLLM keeps block 0 for itself
     engine.check_integrity()
 
-    prompts, tokens = [prompt_tokens(2510 + i, 12 * BLOCK_TOKENS + 50) for i in range(3)], [60, 60, 200]
+    prompts = [prompt_tokens(2510 + i, 18 * BLOCK_TOKENS + 30) for i in range(2)]  # 19 blocks, then 20
     engine.reset(external=True)
-    wanted = [engine.ask(prompt, count) for prompt, count in zip(prompts, tokens, strict=True)]
+    wanted = [engine.ask(prompt, 60) for prompt in prompts]
     engine.reset(external=True)
     del layerwise_loads[:]
-    running = {engine.add(prompt, count): _running() for prompt, count in zip(prompts, tokens, strict=True)}
+    running = {engine.add(prompt, 60): _running() for prompt in prompts}
     while any(request.final is None for request in running.values()):
         engine.step(running)
     engine.settle()
