@@ -92,8 +92,9 @@ class Ring:
             return False
         if not count:
             return True
-        places = (self._next + np.arange(count)) % self._capacity
-        self._records[places] = records
+        first = min(count, self._capacity - self._next)
+        self._records[self._next : self._next + first] = records[:first]
+        self._records[: count - first] = records[first:]
         self._next = (self._next + count) % self._capacity
         self._free -= count
         os.eventfd_write(self.handle.filled_fd, count)
@@ -102,8 +103,10 @@ class Ring:
     def take(self) -> Array:
         """Everything that was sent since the last call; a batch is never torn."""
         count = _read_count(self.handle.filled_fd)
-        places = (self._next + np.arange(count)) % self._capacity
-        records: Array = self._records[places]
+        first = min(count, self._capacity - self._next)
+        records: Array = np.empty(count, self._records.dtype)
+        records[:first] = self._records[self._next : self._next + first]
+        records[first:] = self._records[: count - first]
         self._next = (self._next + count) % self._capacity
         if count:
             os.eventfd_write(self.handle.freed_fd, count)

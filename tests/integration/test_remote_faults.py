@@ -191,6 +191,34 @@ def test_a_wrong_password_and_then_the_right_one(tmp_path: Path) -> None:
         engine.close()
 
 
+def test_a_password_is_in_no_command_line_and_in_no_log(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    password = tmp_path / "password"
+    password.write_text("hunter2hunter2")
+    with redis_server("--requirepass", "other") as port:
+        engine = valkey_engine(port, remote_password_file=str(password))
+        assert_costs_misses_only(engine, 1000)
+        command_line = Path(f"/proc/{engine.link.pid}/cmdline").read_bytes()
+        engine.close()
+    said = "".join(capfd.readouterr())
+    assert b"valkey:" not in command_line, "nor the URL: it is the user's, and anybody could read it"
+    assert b"hunter2" not in command_line
+    assert "hunter2" not in said
+    assert "remote store valkey:" in said, "what is wrong is said"
+
+
+def test_the_process_listens_nowhere(redis: int) -> None:
+    import psutil
+
+    engine = valkey_engine(redis)
+    engine.fetch(engine.keys())
+    connections = psutil.Process(engine.link.pid).net_connections("inet")
+    assert connections
+    assert not [c for c in connections if c.status == psutil.CONN_LISTEN]
+    engine.close()
+
+
 def test_a_server_that_hangs_and_goes_on(redis: int) -> None:
     with redis_server() as port:
         pid = _listener(port)

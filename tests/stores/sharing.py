@@ -27,6 +27,9 @@ class Engine:
             **{"remote_url": url, "remote_read_tokens_min": BLOCK_TOKENS, **patient, **settings}
         )
         wait_until(lambda: self.link.pid > 0)
+        for breaker in (self.link._lookup_breaker, self.link._read_breaker, self.link._writes.breaker):
+            breaker._pause_first_s = breaker._pause_s = 0.3  # instead of a second, then a minute
+            breaker._pause_max_s = 0.6
 
     @property
     def link(self):
