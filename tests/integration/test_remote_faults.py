@@ -16,6 +16,7 @@ from flexkv_core.cli.harness.proxy import Fault, Proxy, proxy_to
 from flexkv_core.cli.harness.server import free_port
 from flexkv_core.cli.harness.stores import mooncake_master, redis_server, s3_options, s3_server
 from tests.stores.sharing import BLOCKS, TOKENS, Engine, wait_until
+from tests.tidy.repository import ROOT
 from tests.unit.core.device import BLOCK_TOKENS
 
 TIMEOUT_S = 1.0
@@ -189,6 +190,45 @@ def test_a_wrong_password_and_then_the_right_one(tmp_path: Path) -> None:
         engine.put(2000, TOKENS + 2000)
         engine.written(BLOCKS)
         engine.close()
+
+
+HANGING = """
+import time
+from file_store import FileStore
+
+class HangingStore(FileStore):
+    def read(self, names, values, deadline):
+        time.sleep(3600)
+"""
+
+
+def test_a_client_that_hangs_is_ended_with_its_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its call was given slots of host memory: they are not used again before nothing can write to them any more."""
+    info = tmp_path / "hanging-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: hanging\nVersion: 1\n")
+    (info / "entry_points.txt").write_text(
+        "[flexkv.remote_stores]\nhanging = hanging:HangingStore\nfiles = file_store:FileStore\n"
+    )
+    (tmp_path / "hanging.py").write_text(HANGING)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT / 'examples'}", prepend=":")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    first = Engine(f"files:{tmp_path}/store")
+    first.put(100)
+    first.written(BLOCKS)
+    second = Engine(f"hanging:{tmp_path}/store", **{**QUICK, "remote_timeout_s": 0.5})
+    pid, cache = second.link.pid, second.manager.blocks._cache
+    second.fetch(second.keys())
+    assert cache.used() == BLOCKS, "the slots are kept while the call may write to them"
+    assert second.get(100) == 0
+    wait_until(lambda: second.link.pid not in (pid, -1))
+    wait_until(lambda: cache.used() == 0)
+    counters = second.manager.counters()
+    assert (counters.remote_restarts, counters.remote_late_reads) == (1, 1)
+    first.close()
+    second.close()
 
 
 def test_a_password_is_in_no_command_line_and_in_no_log(

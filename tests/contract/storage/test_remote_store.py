@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import valkey
 
+from flexkv_core.cli.harness.server import free_port
 from flexkv_core.cli.harness.stores import mooncake_master, redis_server, s3_options, s3_server
 from flexkv_core.storage.base import BlockStatus
 from flexkv_core.storage.remote import open_store
@@ -69,6 +72,32 @@ def valkey_store(folder: Path) -> Iterator[RemoteSpec]:
 
 
 @contextlib.contextmanager
+def cluster_store(folder: Path) -> Iterator[RemoteSpec]:
+    """Two nodes of a cluster; the URL names one."""
+    options = ("--cluster-enabled", "yes", "--cluster-port", "{}", "--dir")
+    for node in ("a", "b"):
+        (folder / node).mkdir()
+    first, second = ([*options, str(folder / node)] for node in ("a", "b"))
+    first[3], second[3] = str(free_port()), str(free_port())
+    with redis_server(*first) as a, redis_server(*second) as b:
+        form_cluster([(a, int(first[3])), (b, int(second[3]))])
+        yield RemoteSpec(f"valkey://127.0.0.1:{a}", "p", LAYOUT, {"cluster": "true"})
+
+
+def form_cluster(ports: list[tuple[int, int]]) -> None:
+    """``ports``: of each node, its clients' and the cluster's own."""
+    nodes = [valkey.Valkey(port=port) for port, _ in ports]
+    bounds = np.linspace(0, 16_384, len(ports) + 1).astype(int).tolist()
+    for node, (start, stop) in zip(nodes, itertools.pairwise(bounds), strict=True):
+        node.execute_command("CLUSTER", "ADDSLOTSRANGE", start, stop - 1)
+        node.execute_command("CLUSTER", "MEET", "127.0.0.1", *ports[0])
+    deadline = time.monotonic() + 20
+    while any(node.cluster("info")["cluster_state"] != "ok" for node in nodes):
+        assert time.monotonic() < deadline, nodes[0].cluster("info")
+        time.sleep(0.05)
+
+
+@contextlib.contextmanager
 def mooncake_store(folder: Path) -> Iterator[RemoteSpec]:
     with mooncake_master() as port:
         yield RemoteSpec(f"mooncake://127.0.0.1:{port}", "p", LAYOUT, {"segment_bytes": str(64 << 20)})
@@ -88,7 +117,8 @@ def example_store(folder: Path) -> Iterator[RemoteSpec]:
 
 
 STORES = {
-    s.__name__: s for s in (example_store, dir_store, memory_store, s3_store, valkey_store, mooncake_store)
+    s.__name__: s
+    for s in (example_store, dir_store, memory_store, s3_store, valkey_store, cluster_store, mooncake_store)
 }
 
 
