@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 
 @dataclass
@@ -46,3 +46,49 @@ class Counters:
     def as_dict(self) -> dict[str, int | float]:
         """The counters by name."""
         return asdict(self)
+
+
+GAUGE_WORDS = {
+    "host_blocks_used": "Blocks in the host tier.",
+    "host_blocks": "Blocks that the host tier holds at most.",
+}
+"""What an adapter reports beside the counters: name and meaning."""
+
+COUNTER_WORDS = {
+    "lookups": "Loads that were planned.",
+    "lookup_tokens": "Tokens that loads were planned for.",
+    "hit_tokens": "Tokens that were found in a tier and loaded.",
+    "loaded_blocks": "Blocks copied to the device.",
+    "loaded_bytes": "Bytes copied to the device.",
+    "load_seconds": "Time spent in copies to the device.",
+    "stored_blocks": "Blocks copied to the host tier.",
+    "stored_bytes": "Bytes copied to the host tier.",
+    "store_seconds": "Time spent in copies to the host tier.",
+    "evicted_blocks": "Blocks that left the host tier to make room.",
+    "corrupt_blocks": "Blocks whose checksum did not match; each was recomputed.",
+    "failed_loads": "Loads that failed and were recomputed.",
+    "failed_stores": "Stores that failed or were refused.",
+    "ssd_read_blocks": "Blocks read from the SSD.",
+    "ssd_written_blocks": "Blocks written to the SSD.",
+    "ssd_corrupt_blocks": "Blocks on the SSD whose checksum did not match; each is quarantined.",
+    "ssd_evicted_blocks": "Blocks that left the SSD to make room.",
+    "ssd_restarts": "Times that the storage process was started again.",
+    "remote_lookups": "Prompts that the remote store was asked for.",
+    "remote_late_lookups": "Answers of the remote store for which no request waited any more.",
+    "remote_read_blocks": "Blocks read from the remote store.",
+    "remote_late_reads": "Requests that stopped waiting for the remote store before all had come.",
+    "remote_written_blocks": "Blocks written to the remote store, or found there.",
+    "remote_dropped_blocks": "Blocks that waited to be written to the remote store and were pushed out by newer ones.",
+    "remote_corrupt_blocks": "Values of the remote store that were not what their name says; each was removed.",
+    "remote_failures": "Calls of the remote store that failed.",
+    "remote_breaker_openings": "Times that the remote store was left alone because it failed.",
+    "remote_restarts": "Times that the remote process was started again.",
+    "dropped_blocks": "Blocks that found no room.",
+    "prefetched_blocks": "Blocks read from a lower tier before a load asked for them.",
+    "verify_checked": "Blocks of sampled hits that were compared with what the engine computed anew.",
+    "verify_mismatches": "Blocks that were stored and are not what the engine computes; any is an alarm.",
+    "verify_skipped": "Blocks of sampled hits that could not be compared.",
+}
+"""The counters' meanings, by name."""
+
+assert COUNTER_WORDS.keys() == {field.name for field in fields(Counters)}

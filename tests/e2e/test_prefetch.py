@@ -79,7 +79,7 @@ def test_abort_and_bound(
     llama: Path, stored: tuple[Path, list[Answer]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of 24 slots half may be filled for those that wait; who leaves the queue is not read for any more."""
-    monkeypatch.setattr("flexkv_vllm.prefetch.PIECE_BYTES", 2 * 2 * 65536)  # two blocks
+    monkeypatch.setattr("flexkv_core.prefetch.PIECE_BYTES", 2 * 2 * 65536)  # two blocks
     directory, expected = stored
     with Engine(llama, {**config(directory, 24), "prefetch_queued": True}, ONE_AT_A_TIME) as engine:
         running = {engine.add(LONG[1], 600): _Running()}

@@ -15,8 +15,8 @@ from flexkv_core.config import FlexKVConfig
 from flexkv_core.errors import ConfigError, LayoutError
 from flexkv_core.layout import DeviceSegments, KVLayout
 from flexkv_core.verify import TOLERANCES
+from flexkv_core.weights import weights_identity
 from flexkv_kernels.segments import pieces_of
-from flexkv_vllm.compat.weights import weights_identity
 from flexkv_vllm.ranks import Ranks
 
 if TYPE_CHECKING:

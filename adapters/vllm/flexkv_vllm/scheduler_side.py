@@ -18,18 +18,18 @@ import numpy as np
 
 from flexkv_core.block_manager import BlockManager, ModelConfig
 from flexkv_core.config import FlexKVConfig
+from flexkv_core.fetches import Fetches
 from flexkv_core.keys import KeyChain, namespace_root
+from flexkv_core.prefetch import Prefetcher
 from flexkv_core.tasks import KVResponseStatus, Purpose, TaskDone, prefix_length
 from flexkv_core.transfer.plan import Delivery, TransferOp
 from flexkv_core.types import KEY_BYTES, Direction
 from flexkv_core.verify import HitSampler
 from flexkv_vllm.compat.request import is_cacheable, namespace_of, salts_of, token_list
 from flexkv_vllm.events import EventLog, publishes_events
-from flexkv_vllm.fetches import Fetches
 from flexkv_vllm.in_step import InStepPolicy
 from flexkv_vllm.layout import check_supported, identity, ranks_of, slot_layout
 from flexkv_vllm.metadata import StepMetadata, WorkerResults
-from flexkv_vllm.prefetch import Prefetcher
 from flexkv_vllm.stats import FlexKVStats
 from flexkv_vllm.step_executor import StepExecutor
 

@@ -69,6 +69,13 @@ class Prefetcher:
         waiting = self._waiting.get(request_id)
         return waiting is not None and waiting.task is not None and time.monotonic() < waiting.deadline
 
+    def due(self) -> set[str]:
+        """Requests for which blocks are on their way, or will be when those of earlier requests have come: for an engine that would
+        otherwise wait for them while it holds up others."""
+        if not any(self.is_reading(request_id) for request_id in self._waiting):
+            return set()
+        return {request_id for request_id, waiting in self._waiting.items() if not waiting.is_done}
+
     def remove(self, request_id: str) -> None:
         """The request was scheduled or has ended. A piece that is being read arrives; nothing more is asked for."""
         waiting = self._waiting.pop(request_id, None)

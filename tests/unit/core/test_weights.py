@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flexkv_vllm.compat.weights import weights_identity
+from flexkv_core.weights import weights_identity
 
 
 def test_folder_changes_with_its_weights(tmp_path: Path) -> None:

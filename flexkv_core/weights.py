@@ -29,8 +29,10 @@ def _files_digest(folder: Path) -> str:
 
 
 def _hub_commit(model: str, revision: str | None) -> str | None:
-    from huggingface_hub import try_to_load_from_cache
-
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:  # an engine brings it
+        return None
     try:
         found = try_to_load_from_cache(model, "config.json", revision=revision)
     except ValueError:  # not a name that the hub could have
