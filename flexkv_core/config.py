@@ -379,6 +379,14 @@ def effective_settings(path: str | os.PathLike[str] | None = None) -> list[Setti
     ]
 
 
+def as_environment(settings: Mapping[str, object]) -> dict[str, str]:
+    """``settings``, by key, as the variables that give them to another process."""
+    return {
+        f"{ENV_PREFIX}{key.upper()}": value if isinstance(value, str) else json.dumps(value)
+        for key, value in settings.items()
+    }
+
+
 def cache_dir() -> Path:
     """Where the scripts and the benchmarks keep environments and models: ``FLEXKV_CACHE_DIR``, else a folder of the user's cache."""
     given = os.environ.get(CACHE_DIR_VARIABLE)

@@ -22,10 +22,10 @@ for _name in list(os.environ):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything in tests/e2e is marked so, and gets the time that an engine needs to start."""
-    e2e = Path(__file__).parent / "e2e"
+    """Everything in the folders tests/e2e… is marked so, and gets the time that an engine needs to start."""
+    here = Path(__file__).parent
     for item in items:
-        if e2e in item.path.parents:
+        if item.path.relative_to(here).parts[0].startswith("e2e"):
             item.add_marker("e2e")
             if item.get_closest_marker("timeout") is None:
                 item.add_marker(pytest.mark.timeout(E2E_TIMEOUT_S))

@@ -31,6 +31,8 @@ class Completion:
     ttft_ms: float
     """From before the request is sent until the first generated token has arrived."""
     total_ms: float
+    external_tokens: int | None = None
+    """Of ``cached_tokens``, those that did not lie on the device, where the engine says so in its answer."""
 
 
 @dataclass(frozen=True)

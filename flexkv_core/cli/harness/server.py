@@ -1,10 +1,11 @@
-"""A real ``vllm serve`` in a process group of its own, which is gone whatever way the block that uses it is left."""
+"""A real engine's server in a process group of its own, which is gone whatever way the block that uses it is left."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -16,6 +17,9 @@ from pathlib import Path
 from types import TracebackType
 
 import httpx
+from typing_extensions import Self
+
+from flexkv_core.cli.harness.client import VllmClient
 
 KV_TRANSFER_CONFIG = '{"kv_connector":"FlexKVConnector","kv_role":"kv_both"}'
 """All that a user of vLLM types to have FlexKV."""
@@ -56,10 +60,10 @@ def free_port() -> int:
         return port
 
 
-class VllmServer:
-    """Starts ``vllm serve`` and stops it; use it as a context manager, in the thread that outlives it.
+class EngineServer:
+    """Starts an engine's server and stops it; use it as a context manager, in the thread that outlives it.
 
-    ``arguments`` follow the model's name on the command line; ``environment`` is added to the caller's. The log goes to ``log_path``
+    ``command`` starts it, the address and the port are added; ``environment`` is added to the caller's. The log goes to ``log_path``
     (its folder must exist). ``host``: the address to listen on. ``prefix``: a command that runs the server, in a network namespace for
     instance. Entering returns once ``/health`` answers, and raises ServerError when the process dies before that or
     ``deadline_s`` passes. Leaving sends SIGTERM, and SIGKILL to the whole process group when that was not enough.
@@ -67,12 +71,10 @@ class VllmServer:
 
     def __init__(
         self,
-        model: str | Path,
-        arguments: Sequence[str],
+        command: Sequence[str],
         environment: Mapping[str, str],
         log_path: Path,
         deadline_s: float = 300.0,
-        python: str = sys.executable,
         host: str = "127.0.0.1",
         prefix: Sequence[str] = (),
     ) -> None:
@@ -81,15 +83,23 @@ class VllmServer:
         self.log_path = log_path
         self._deadline_s = deadline_s
         self._process: subprocess.Popen[bytes] | None = None
-        serve = [python, "-m", "vllm.entrypoints.cli.main", "serve", str(model), *arguments]
         self._command = [
             *_die_with_parent(),
             *prefix,
             "env",
             *(f"{name}={value}" for name, value in environment.items()),
-            *serve,
+            *command,
             *("--host", host, "--port", str(self.port)),
         ]
+
+    def client(self) -> VllmClient:
+        """A new connection to the server, in the words of its engine; use it as a context manager."""
+        return VllmClient(self.base_url)
+
+    @property
+    def command_line(self) -> str:
+        """How the server is started, without the caller's environment."""
+        return shlex.join(self._command[self._command.index("-m") + 1 :])
 
     @property
     def pid(self) -> int:
@@ -111,7 +121,7 @@ class VllmServer:
             return False
         return True
 
-    def __enter__(self) -> VllmServer:
+    def __enter__(self) -> Self:
         self.start()
         return self
 
@@ -171,7 +181,7 @@ class VllmServer:
             while time.monotonic() < deadline:
                 if self._process.poll() is not None:
                     raise ServerError(
-                        f"vllm serve ended with status {self._process.returncode} before it served\n{self._words()}"
+                        f"the server ended with status {self._process.returncode} before it served\n{self._words()}"
                     )
                 try:
                     if client.get("/health").status_code == 200:
@@ -179,12 +189,30 @@ class VllmServer:
                 except httpx.TransportError:
                     pass
                 time.sleep(_POLL_S)
-        raise ServerError(f"vllm serve did not answer within {self._deadline_s:.0f} s\n{self._words()}")
+        raise ServerError(f"the server did not answer within {self._deadline_s:.0f} s\n{self._words()}")
 
     def _words(self) -> str:
-        """The errors in the log, whose cause vLLM prints long before its end, and the end of it."""
+        """The errors in the log, whose cause engines print long before its end, and the end of it."""
         errors = dict.fromkeys(_ERROR.findall(_LOG_PREFIX.sub("", self.log_text())))
         return "\n".join(["errors in the log:", *errors, f"the end of {self.log_path}:", self.log_tail()])
+
+
+class VllmServer(EngineServer):
+    """``vllm serve``; ``arguments`` follow the model's name on the command line."""
+
+    def __init__(
+        self,
+        model: str | Path,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        log_path: Path,
+        deadline_s: float = 300.0,
+        python: str = sys.executable,
+        host: str = "127.0.0.1",
+        prefix: Sequence[str] = (),
+    ) -> None:
+        command = [python, "-m", "vllm.entrypoints.cli.main", "serve", str(model), *arguments]
+        super().__init__(command, environment, log_path, deadline_s, host, prefix)
 
 
 def _die_with_parent() -> list[str]:

@@ -1,0 +1,1 @@
+"""FlexKV's adapter for SGLang: words and hooks of SGLang, no cache logic."""

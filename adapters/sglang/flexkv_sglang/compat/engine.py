@@ -1,0 +1,81 @@
+"""What FlexKV needs to know of a running SGLang, read from the objects of its version."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import sglang
+import torch
+
+if TYPE_CHECKING:
+    from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+    from sglang.srt.server_args import ServerArgs
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One scheduler's process. ``pool`` is its KV pool, ``components`` the parts of the model's KV in SGLang's words, sorted;
+    ``lora_paths`` maps the ids of adapters that are named at start to their folders."""
+
+    server_args: ServerArgs
+    page_size: int
+    tp_size: int
+    tp_rank: int
+    dp_rank: int
+    pp_size: int
+    cp_size: int
+    dcp_size: int
+    disaggregation_mode: str
+    speculative_algorithm: str | None
+    has_draft_kv: bool
+    components: tuple[str, ...]
+    pool: Any
+    lora_paths: tuple[tuple[str, str], ...]
+
+
+def engine_of(server_args: ServerArgs, params: CacheInitParams, components: Collection[Any]) -> Engine:
+    """Read from what SGLang hands to a cache when it makes it."""
+    group = params.attn_tp_cache_group or params.tp_cache_group
+    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    loras = [ref for ref in getattr(server_args, "lora_paths", None) or () if hasattr(ref, "lora_id")]
+    return Engine(
+        server_args=server_args,
+        page_size=params.page_size,
+        tp_size=torch.distributed.get_world_size(group=group) if is_distributed else 1,
+        tp_rank=torch.distributed.get_rank(group=group) if is_distributed else 0,
+        dp_rank=_dp_rank(),
+        pp_size=params.pp_size,
+        cp_size=params.attn_cp_size,
+        dcp_size=getattr(server_args, "dcp_size", 1) or 1,
+        disaggregation_mode=server_args.disaggregation_mode,
+        speculative_algorithm=server_args.speculative_algorithm,
+        has_draft_kv=bool(
+            params.is_eagle
+            or getattr(params, "mtp_draft_device_pools", ())
+            or getattr(params, "sidecar_draft_device_pools", ())
+        ),
+        components=tuple(sorted(component.name for component in components)),
+        pool=params.token_to_kv_pool_allocator.get_kvcache(),
+        lora_paths=tuple((ref.lora_id, ref.lora_path) for ref in loras),
+    )
+
+
+def engine_version() -> str:
+    """SGLang's version."""
+    return str(sglang.__version__)
+
+
+def _dp_rank() -> int:
+    """Which of several engines side by side this is; 0 for a single one."""
+    from sglang.srt.runtime_context import get_parallel
+
+    for name in ("attn_dp_rank", "dp_rank"):
+        try:
+            rank = getattr(get_parallel(), name)
+        except (AttributeError, RuntimeError, ValueError):  # not set in this process
+            continue
+        if rank:
+            return int(rank)
+    return 0

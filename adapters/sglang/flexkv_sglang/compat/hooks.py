@@ -1,0 +1,120 @@
+"""The places in SGLang 0.5.23 where FlexKV listens, beside the linker's own interface. Put in when the linker is chosen, never before.
+
+A linker hears of pages that SGLang wants to keep and to find by hash. What it does not hear of, and what each hook is for:
+
+- who drives it (``init_cache_linker``): SGLang's driver knows tails of prompts, FlexKV needs requests;
+- a request's checkpoints and its end (``checkpoint``, ``on_release``): stores begin and states end there;
+- an eviction that finds too little (``_evict``), because nodes that are being stored are locked for some milliseconds;
+- requests that wait (``_add_request_to_queue``, ``_get_new_batch_prefill_raw``): their blocks are read from the SSD meanwhile;
+- each round of the scheduler (``_process_hicache_events``): behind ``--radix-cache-backend`` SGLang does not drive a linker by itself;
+- new weights (``_observe_weight_load``): what was cached under the old ones must not be found.
+
+Upstream has no interface for these that we know of; each goes when a version offers one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+if TYPE_CHECKING:
+    from flexkv_sglang.linker import FlexKVLinkerWrapper
+
+_TREE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
+_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+_WEIGHTS = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+
+
+def install() -> None:
+    """Put the hooks in; a second call does nothing."""
+    if hasattr(install, "done"):
+        return
+    install.done = True  # type: ignore[attr-defined]
+    for target, hook, kind in (
+        (f"{_TREE}.init_cache_linker", _init_cache_linker, HookType.AROUND),
+        (f"{_TREE}.checkpoint", _checkpoint, HookType.AFTER),
+        (f"{_TREE}.on_release", _on_release, HookType.AFTER),
+        (f"{_TREE}._evict", _evict, HookType.AROUND),
+        (f"{_SCHEDULER}._add_request_to_queue", _add_request_to_queue, HookType.AFTER),
+        (f"{_SCHEDULER}._get_new_batch_prefill_raw", _get_new_batch_prefill_raw, HookType.AROUND),
+        (f"{_SCHEDULER}._process_hicache_events", _process_hicache_events, HookType.BEFORE),
+        (f"{_WEIGHTS}._observe_weight_load", _observe_weight_load, HookType.BEFORE),
+    ):
+        HookRegistry.register(target, hook, kind)
+    HookRegistry.apply_hooks()
+
+
+def _driver(tree: Any) -> FlexKVLinkerWrapper | None:
+    """FlexKV's driver in ``tree``, if it has one."""
+    linker = getattr(tree, "linker", None)
+    return linker if hasattr(linker, "checkpointed") else None
+
+
+def _init_cache_linker(original: Callable[..., None], tree: Any, linker: Any) -> None:
+    from flexkv_sglang.linker import FlexKVLinker, FlexKVLinkerWrapper
+
+    if isinstance(linker, FlexKVLinker):
+        tree.linker = FlexKVLinkerWrapper(tree, linker)
+    else:
+        original(tree, linker)
+
+
+def _checkpoint(result: None, tree: Any, req: Any, **options: Any) -> None:
+    driver = _driver(tree)
+    if driver is not None:
+        driver.checkpointed(req)
+
+
+def _on_release(result: None, tree: Any, req: Any, **options: Any) -> None:
+    driver = _driver(tree)
+    if driver is not None:
+        driver.released(req)
+
+
+def _evict(original: Callable[..., Any], tree: Any, params: Any, *arguments: Any, **options: Any) -> Any:
+    result = original(tree, params, *arguments, **options)
+    driver = _driver(tree)
+    missing = params.num_tokens - result.num_tokens_evicted
+    if driver is None or missing <= 0 or not driver.make_room():
+        return result
+    more = original(tree, replace(params, num_tokens=missing), *arguments, **options)
+    return replace(result, num_tokens_evicted=result.num_tokens_evicted + more.num_tokens_evicted)
+
+
+def _add_request_to_queue(result: None, scheduler: Any, req: Any, *arguments: Any, **options: Any) -> None:
+    driver = _driver(scheduler.tree_cache)
+    if driver is not None:
+        driver.queued(req)
+
+
+def _get_new_batch_prefill_raw(
+    original: Callable[..., Any], scheduler: Any, *arguments: Any, **options: Any
+) -> Any:
+    """Schedule without the requests whose blocks are on their way; they keep their places in the queue."""
+    driver = _driver(scheduler.tree_cache)
+    held = driver.held(scheduler.waiting_queue) if driver is not None else set()
+    if not held:
+        return original(scheduler, *arguments, **options)
+    queue = list(scheduler.waiting_queue)
+    scheduler.waiting_queue = [req for req in queue if req.rid not in held]
+    try:
+        return original(scheduler, *arguments, **options)
+    finally:
+        left = {req.rid for req in scheduler.waiting_queue}
+        known = {req.rid for req in queue}
+        added = [req for req in scheduler.waiting_queue if req.rid not in known]  # preempted meanwhile
+        scheduler.waiting_queue = [req for req in queue if req.rid in held or req.rid in left] + added
+
+
+def _process_hicache_events(scheduler: Any, *arguments: Any, **options: Any) -> None:
+    if _driver(scheduler.tree_cache) is not None:
+        scheduler.enable_unified_cache_external_linker = True
+
+
+def _observe_weight_load(updater: Any, source: str) -> None:
+    driver = _driver(getattr(updater.scheduler, "tree_cache", None))
+    if driver is not None:
+        driver.weights_change()

@@ -1,0 +1,241 @@
+"""SGLang's pools and tree with FlexKV behind them, without a model: bytes, locks and slots, as requests come and go."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flexkv_core.config import FlexKVConfig
+from flexkv_core.errors import ConfigError, TransferError
+from flexkv_kernels.copier import CpuCopier
+from flexkv_sglang.layout import check_supported
+from tests.e2e_sglang.tree import NativeTree
+
+MakeTree = Callable[..., NativeTree]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[MakeTree]:
+    """Makes trees and closes them."""
+    made: list[NativeTree] = []
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}')
+
+    def make_tree(page_size: int = 1, tokens: int = 512, **settings: object) -> NativeTree:
+        made.append(NativeTree(str(tmp_path), page_size, tokens, **{"host_bytes": "4MiB", **settings}))
+        return made[-1]
+
+    yield make_tree
+    for tree in made:
+        tree.close()
+
+
+def prompt(seed: int, tokens: int) -> list[int]:
+    return np.random.default_rng(seed).integers(100, 40_000, tokens).tolist()
+
+
+def store(tree: NativeTree, tokens: list[int], salt: str | None = None) -> None:
+    """A request comes, is answered and goes; its KV is in the host tier."""
+    req = tree.request(f"store-{tokens[0]}-{len(tokens)}-{salt}", tokens, salt)
+    tree.prefill(req)
+    tree.finish(req)
+    tree.settle()
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 16, 32])
+def test_bytes_come_back(make: MakeTree, page_size: int) -> None:
+    tree, tokens = make(page_size), prompt(1, 201)
+    store(tree, tokens)
+    tree.flush()
+    req = tree.request("again", tokens)
+    assert tree.prefill(req) == 192
+    assert tree.wrong_positions(req) == []
+    tree.linker.side.manager.check_integrity()
+
+
+def test_only_what_the_device_lacks_is_loaded(make: MakeTree) -> None:
+    tree, tokens = make(), prompt(2, 201)
+    store(tree, tokens)
+    tree.flush()
+    first = tree.request("first", tokens[:50] + prompt(3, 20))
+    tree.prefill(first)  # loads 48 and computes 2 that the next one shares
+    second = tree.request("second", tokens)
+    assert tree.prefill(second) == 192 - 50
+    assert tree.wrong_positions(second) == []
+
+
+def test_growing_sequences_are_stored_once(make: MakeTree) -> None:
+    tree, tokens = make(), prompt(4, 150)
+    store(tree, tokens[:100])
+    before = tree.linker.side.manager.counters().stored_blocks
+    store(tree, tokens)
+    assert (before, tree.linker.side.manager.counters().stored_blocks) == (6, 9)
+
+
+def test_salts_separate(make: MakeTree) -> None:
+    tree, tokens = make(), prompt(5, 100)
+    store(tree, tokens, "one")
+    tree.flush()
+    assert [tree.match(tree.request(f"salt {salt}", tokens, salt)) for salt in ("two", None, "one")] == [
+        0,
+        0,
+        96,
+    ]
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_a_failed_load_gives_its_slots_back(
+    make: MakeTree, monkeypatch: pytest.MonkeyPatch, page_size: int
+) -> None:
+    tree, tokens = make(page_size), prompt(6, 161)
+    store(tree, tokens)
+    tree.flush()
+    free = tree.allocator.available_size()
+
+    def refuse(*arguments: Any) -> np.ndarray:
+        raise TransferError("injected")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CpuCopier, "scatter", refuse)
+        req = tree.request("again", tokens)
+        assert tree.match(req) == 160
+        assert tree.load(req) == 0
+    assert tree.allocator.available_size() == free
+    assert tree.match(req) == 0  # it is not asked for twice
+    assert tree.prefill(req) == 0
+    assert tree.wrong_positions(req) == []
+    assert tree.linker.side.manager.counters().failed_loads == 1
+
+
+def test_a_damaged_block_is_computed(make: MakeTree) -> None:
+    tree, tokens = make(), prompt(7, 161)
+    store(tree, tokens)
+    tree.flush()
+    host = tree.linker.side.manager.host
+    host.checksums[:] ^= 1
+    req = tree.request("again", tokens)
+    assert tree.prefill(req) == 0
+    assert tree.wrong_positions(req) == []
+
+
+def test_an_abort_in_the_queue_leaves_nothing(make: MakeTree) -> None:
+    tree, tokens = make(), prompt(8, 161)
+    store(tree, tokens)
+    tree.flush()
+    free = tree.allocator.available_size()
+    req = tree.request("given up", tokens)
+    assert tree.match(req) == 160
+    tree.cache.release_aborted_request(req.cache_request_handle)
+    assert not tree.cache.linker.hit_markers
+    assert tree.allocator.available_size() == free
+
+
+def test_a_store_locks_its_node_until_it_has_ended(make: MakeTree, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the copy runs nothing may overwrite its slots; an eviction that needs them waits for it and goes on."""
+    tree, tokens = make(tokens=256), prompt(9, 200)
+    may_copy = threading.Event()
+    gather = CpuCopier.gather
+
+    def slow(*arguments: Any) -> None:
+        may_copy.wait(10)
+        gather(*arguments)
+
+    monkeypatch.setattr(CpuCopier, "gather", slow)
+    req = tree.request("stored", tokens)
+    tree.prefill(req)
+    tree.finish(req)
+    tree.step()
+    assert tree.linker.side.pending_stores == 1
+    threading.Timer(0.2, may_copy.set).start()
+    other = tree.request("needs the room", prompt(10, 200))
+    tree.prefill(other)
+    assert may_copy.is_set()
+    tree.finish(other)
+    tree.settle()
+    tree.flush()
+    again = tree.request("again", tokens)
+    assert tree.prefill(again) == 192
+    assert tree.wrong_positions(again) == []
+
+
+def test_eviction_of_both_tiers(make: MakeTree) -> None:
+    """Many more sequences than fit: what is found is right, what is not is computed."""
+    tree = make(page_size=16, tokens=1024, host_bytes=(2 << 20) + 64 * 4096)
+    rng = np.random.default_rng(0)
+    prompts = [prompt(20 + n, 161) for n in range(12)]
+    loaded = 0
+    for _ in range(60):
+        number = int(rng.zipf(1.5)) % len(prompts)
+        req = tree.request(f"{number}-{rng.random()}", prompts[number])
+        loaded += tree.prefill(req)
+        assert tree.wrong_positions(req) == []
+        tree.finish(req)
+        tree.step()
+    tree.settle()
+    assert loaded
+    assert tree.linker.side.manager.counters().evicted_blocks
+    tree.linker.side.manager.check_integrity()
+
+
+def test_other_weights_find_nothing(make: MakeTree) -> None:
+    tree, tokens = make(), prompt(11, 161)
+    store(tree, tokens)
+    tree.cache.linker.weights_change()
+    store(tree, prompt(12, 161))  # neither stored nor found until the tree is empty
+    tree.flush()
+    assert tree.match(tree.request("old", tokens)) == 0
+    assert tree.match(tree.request("between", prompt(12, 161))) == 0
+    store(tree, tokens)
+    tree.flush()
+    assert tree.match(tree.request("new", tokens)) == 160
+
+
+def test_a_restart_finds_the_ssd(make: MakeTree, tmp_path: Path) -> None:
+    settings = {"ssd_dirs": [str(tmp_path)], "ssd_bytes": "64MiB"}
+    tree, tokens = make(**settings), prompt(13, 161)
+    store(tree, tokens)
+    tree.close()
+    again = make(**settings)
+    req = again.request("again", tokens)
+    again.cache.linker.queued(req)
+    while again.cache.linker.held([req]):
+        time.sleep(0.001)
+    assert again.linker.side.manager.counters().prefetched_blocks == 10
+    assert again.prefill(req) == 160
+    assert again.wrong_positions(req) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"hots_bytes": 1}, "hots_bytes"),
+        ({"tokens_per_block": 24}, "multiple"),
+        ({"verify_sample": 0.5}, "verify_sample"),
+    ],
+)
+def test_bad_settings_are_refused(make: MakeTree, settings: dict[str, object], word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        make(page_size=16, **settings)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"components": ("FULL", "SWA")}, "SWA"),
+        ({"components": ("FULL", "MAMBA")}, "MAMBA"),
+        ({"pp_size": 2}, "pp-size"),
+        ({"disaggregation_mode": "prefill"}, "disaggregation"),
+        ({"speculative_algorithm": "EAGLE3"}, "EAGLE3"),
+        ({"pool": type("SWAKVPool", (), {})()}, "SWAKVPool"),
+    ],
+)
+def test_what_cannot_be_served_right_is_refused(make: MakeTree, change: dict[str, Any], word: str) -> None:
+    engine = replace(make().linker._engine, **change)
+    with pytest.raises(ConfigError, match=word):
+        check_supported(engine, FlexKVConfig())
