@@ -48,6 +48,9 @@ def config(
 @app.command()
 def bench(
     name: Annotated[str, typer.Argument(help=f"One of: {', '.join(BENCHES)}.")],
+    engine: Annotated[
+        str, typer.Option("--engine", help="Measure with this engine, where there is a choice.")
+    ] = "vllm",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write one flat JSON object here.")] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Fewer repetitions: a smoke test, no figures.")
@@ -58,6 +61,8 @@ def bench(
     ] = None,
 ) -> None:
     """Measure one part of FlexKV on this machine."""
+    if engine != "vllm":
+        name = f"{name}-{engine}"
     if name not in BENCHES:
         raise typer.BadParameter(f"no benchmark {name!r}; there are: {', '.join(BENCHES)}")
     console = Console()

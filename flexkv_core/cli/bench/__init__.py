@@ -95,6 +95,11 @@ BENCHES: dict[str, Bench] = {
         "time to first token of requests that miss, two real vLLM servers in turns, with and without FlexKV",
         {"ttft_miss_ratio": Bar("<=", 1.03)},
     ),
+    "overhead-sglang": Bench(
+        "flexkv_core.cli.bench.overhead_sglang",
+        "the same with SGLang (scripts/bench overhead --engine sglang)",
+        {"ttft_miss_ratio": Bar("<=", 1.03)},
+    ),
     "peers": Bench(
         "flexkv_core.cli.bench.peers",
         "time to first token of hits in host memory, real vLLM servers in turns: FlexKV and vLLM's own offloading",

@@ -1,10 +1,10 @@
-"""What FlexKV costs a request that misses: two real vLLM servers, with and without it, asked the same new prompts in turns.
+"""What FlexKV costs a request that misses: two real servers of one engine, with and without it, asked the same new prompts in turns.
 
 Both run SmolLM2-135M-Instruct in bfloat16 on the CPU. One idles while the other answers; which one goes first alternates from pair to
 pair, so that drift of a shared machine falls on both. The prompts are random and share nothing, so the engine with FlexKV hashes
 them, looks them up, finds nothing, and stores them.
 
-Both compute on the same cores: left alone, vLLM reserves one core without a connector and two with one, and on a machine with two
+With vLLM both compute on the same cores: left alone, it reserves one core without a connector and two with one, and on a machine with two
 cores then none, so that the engine with a connector computes on twice as many (0.81 was measured so, FlexKV faster than nothing).
 """
 
@@ -20,8 +20,13 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from flexkv_core.cli.harness.checkpoint import ensure_demo_model
-from flexkv_core.cli.harness.client import VllmClient
-from flexkv_core.cli.harness.server import CPU_ARGUMENTS, CPU_ENVIRONMENT, KV_TRANSFER_CONFIG, VllmServer
+from flexkv_core.cli.harness.server import (
+    CPU_ARGUMENTS,
+    CPU_ENVIRONMENT,
+    KV_TRANSFER_CONFIG,
+    EngineServer,
+    VllmServer,
+)
 
 PAIRS = 40
 QUICK_PAIRS = 4
@@ -41,7 +46,38 @@ def run(quick: bool = False) -> dict[str, float]:
     bootstrap interval, the ratio of the medians, both medians in ms, and what was asked. Raises ServerError when a server does not
     start.
     """
-    with_ms, without_ms = _measure(QUICK_PAIRS if quick else PAIRS)
+    model = ensure_demo_model()
+    arguments = [*CPU_ARGUMENTS, "--dtype", "bfloat16"]  # the last --dtype counts
+    environment = {**CPU_ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": compute_cpus()}
+    with tempfile.TemporaryDirectory(prefix="flexkv-overhead-") as folder:
+        with_server, without_server = (
+            VllmServer(model, [*arguments, *more], environment, Path(folder) / f"{name}.log")
+            for name, more in (("with", ["--kv-transfer-config", KV_TRANSFER_CONFIG]), ("without", []))
+        )
+        return miss_figures(with_server, without_server, QUICK_PAIRS if quick else PAIRS)
+
+
+def miss_figures(with_server: EngineServer, without_server: EngineServer, pairs: int) -> dict[str, float]:
+    """Starts both servers and asks them; see :func:`run` for the figures. Raises ServerError when one does not start."""
+    rng = random.Random(_SEED)
+    times_ms: tuple[list[float], list[float]] = ([], [])
+    with ExitStack() as stack:
+        clients = []
+        for server in (with_server, without_server):
+            stack.enter_context(server)
+            clients.append(stack.enter_context(server.client()))
+        for pair in range(-_WARM_UP_PAIRS, pairs):
+            prompt = rng.choices(_TOKEN_IDS, k=PROMPT_TOKENS)
+            for side in (0, 1) if pair % 2 else (1, 0):
+                time.sleep(_PAUSE_S)
+                answer = clients[side].complete(prompt, tokens_max=1)
+                assert answer.cached_tokens == 0, "a new prompt was found in a cache"
+                if pair >= 0:
+                    times_ms[side].append(answer.ttft_ms)
+    return _figures(*times_ms)
+
+
+def _figures(with_ms: list[float], without_ms: list[float]) -> dict[str, float]:
     ratios = [a / b for a, b in zip(with_ms, without_ms, strict=True)]
     low, high = interval(ratios)
     return {
@@ -54,31 +90,6 @@ def run(quick: bool = False) -> dict[str, float]:
         "pairs": len(ratios),
         "prompt_tokens": PROMPT_TOKENS,
     }
-
-
-def _measure(pairs: int) -> tuple[list[float], list[float]]:
-    """Times to first token in ms, with FlexKV and without, of the same prompts."""
-    model = ensure_demo_model()
-    arguments = [*CPU_ARGUMENTS, "--dtype", "bfloat16"]  # the last --dtype counts
-    environment = {**CPU_ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": compute_cpus()}
-    rng = random.Random(_SEED)
-    times_ms: tuple[list[float], list[float]] = ([], [])
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flexkv-overhead-")))
-        clients = []
-        for name, more in (("with", ["--kv-transfer-config", KV_TRANSFER_CONFIG]), ("without", [])):
-            server = VllmServer(model, [*arguments, *more], environment, folder / f"{name}.log")
-            stack.enter_context(server)
-            clients.append(stack.enter_context(VllmClient(server.base_url)))
-        for pair in range(-_WARM_UP_PAIRS, pairs):
-            prompt = rng.choices(_TOKEN_IDS, k=PROMPT_TOKENS)
-            for side in (0, 1) if pair % 2 else (1, 0):
-                time.sleep(_PAUSE_S)
-                answer = clients[side].complete(prompt, tokens_max=1)
-                assert answer.cached_tokens == 0, "a new prompt was found in a cache"
-                if pair >= 0:
-                    times_ms[side].append(answer.ttft_ms)
-    return times_ms
 
 
 def compute_cpus() -> str:

@@ -1,1 +1,1 @@
-"""``scripts/demo``: the real vLLM server answers, loses its prefix cache, and has it back from FlexKV's host tier."""
+"""``scripts/demo``: a real server answers, loses its prefix cache, and has it back from FlexKV's host tier."""
