@@ -25,7 +25,7 @@ BROAD_EXCEPTS: dict[str, tuple[int, str]] = {
 
 ENVIRONMENT_READERS = ("flexkv_core/config.py",)
 ATTIC_NAMES = ("utils.py", "common.py", "helpers.py", "misc.py")
-SOURCE_ROOTS = ("adapters", "adapters/vllm", "adapters/sglang", "kernels")
+SOURCE_ROOTS = ("adapters", "adapters/vllm", "adapters/sglang", "adapters/intree", "kernels")
 
 UNFINISHED = re.compile(r"\b(?:TODO|FIXME|XXX|HACK|NotImplementedError)\b")
 ENVIRONMENT = re.compile(r"\bos\.(?:environ|getenv|putenv)\b|\bfrom os import .*\b(?:environ|getenv)\b")

@@ -1,0 +1,1 @@
+"""Doors for engines that have a FlexKV connector of their own."""

@@ -1,0 +1,1 @@
+"""Names of the transfer side that callers import."""

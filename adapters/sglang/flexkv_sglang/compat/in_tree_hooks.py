@@ -1,0 +1,73 @@
+"""Hooks on SGLang's in-tree ``FlexKVRadixCache``, which hands FlexKV tokens and nothing else of a request.
+
+Without them two tenants with the same tokens would share blocks. Upstream ignores salts here in all versions up to 0.5.23; the hooks go
+when it passes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextvars import ContextVar
+from typing import Any
+from uuid import uuid4
+
+from flexkv_core.keys import namespace_root
+
+_CACHE = "sglang.srt.mem_cache.storage.flexkv.flexkv_radix_cache.FlexKVRadixCache"
+_WEIGHTS = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+_namespace: ContextVar[tuple[str, ...] | None] = ContextVar("flexkv_namespace", default=None)
+_is_paused: ContextVar[bool] = ContextVar("flexkv_is_paused", default=False)
+
+
+def current_namespace() -> tuple[str, ...] | None:
+    """What separates the request that the cache works on from others with its tokens; None where that is not known."""
+    return None if _is_paused.get() else _namespace.get()
+
+
+def install(managers: Callable[[], Iterable[Any]]) -> None:
+    """Put the hooks in; a second call does nothing. ``managers`` gives those whose roots change with the weights."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    if hasattr(install, "done"):
+        return
+    install.done = True  # type: ignore[attr-defined]
+
+    def reset(result: None, cache: Any) -> None:
+        if _is_paused.get():
+            for manager in managers():
+                manager.root = namespace_root(manager.root, ("weights", uuid4().hex))
+            _is_paused.set(False)
+
+    for target, hook, kind in (
+        (f"{_CACHE}.match_prefix", _match_prefix, HookType.AROUND),
+        (f"{_CACHE}.checkpoint", _checkpoint, HookType.AROUND),
+        (f"{_CACHE}.reset", reset, HookType.AFTER),
+        (f"{_WEIGHTS}._observe_weight_load", _observe_weight_load, HookType.BEFORE),
+    ):
+        HookRegistry.register(target, hook, kind)
+    HookRegistry.apply_hooks()
+
+
+def _match_prefix(original: Callable[..., Any], cache: Any, params: Any) -> Any:
+    key = params.key
+    return _within(_parts(key.extra_key, key.cache_salt), lambda: original(cache, params))
+
+
+def _checkpoint(original: Callable[..., Any], cache: Any, req: Any, **options: Any) -> Any:
+    return _within(_parts(req.extra_key, req.cache_salt), lambda: original(cache, req, **options))
+
+
+def _observe_weight_load(updater: Any, source: str) -> None:
+    _is_paused.set(True)
+
+
+def _parts(extra_key: str | None, salt: str | None) -> tuple[str, ...]:
+    return (*(("extra", extra_key) if extra_key else ()), *(("salt", salt) if salt else ()))
+
+
+def _within(namespace: tuple[str, ...], call: Callable[[], Any]) -> Any:
+    token = _namespace.set(namespace)
+    try:
+        return call()
+    finally:
+        _namespace.reset(token)

@@ -1,0 +1,181 @@
+"""SGLang's own ``FlexKVRadixCache`` (``--enable-flexkv``) over this project's modules: hits, bytes, and tenants that must not share.
+
+What it may ask and what it gets is what its calls here use; SGLang's class is the caller.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import sglang_on_cpu
+from sglang.srt.runtime_context import get_parallel
+
+from flexkv_core.errors import ConfigError, TransferError
+from flexkv_kernels.copier import CpuCopier
+from flexkv_sglang import in_tree
+from tests.e2e_sglang.tree import LAYERS, Pools, Tree
+
+
+class InTree(Tree):
+    """The same requests as the native adapter's tests send."""
+
+    def __init__(self, model: str, page_size: int, tokens: int) -> None:
+        from sglang.srt.mem_cache.storage.flexkv.flexkv_radix_cache import FlexKVRadixCache
+
+        sglang_on_cpu.register()  # in a server SGLang does it
+        pools = Pools(model, page_size, tokens)
+        config = SimpleNamespace(num_hidden_layers=LAYERS, attention_arch="AttentionArch.MHA")
+        with get_parallel().override(world_group=SimpleNamespace(cpu_group=None)):
+            cache = FlexKVRadixCache(
+                pools.params,
+                config,
+                pools.server_args,
+                tp_rank=0,
+                tp_size=1,
+                dp_rank=None,
+                pp_rank=0,
+                attn_cp_rank=0,
+            )
+        super().__init__(pools, cache)
+
+    @property
+    def manager(self) -> in_tree.InTreeManager:
+        manager: in_tree.InTreeManager = self.cache.flexkv_connector.kv_manager
+        return manager
+
+    def settle(self) -> None:
+        """Rounds until no store is under way."""
+        deadline = time.monotonic() + 10
+        while self.cache._inflight_store_nodes and time.monotonic() < deadline:
+            self.step()
+            time.sleep(0.001)
+        assert not self.cache._inflight_store_nodes
+
+
+@pytest.fixture
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., InTree]]:
+    monkeypatch.setenv("FLEXKV_HOST_BYTES", "4MiB")
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}')
+    made: list[InTree] = []
+
+    def make_tree(page_size: int = 1, tokens: int = 512) -> InTree:
+        made.append(InTree(str(tmp_path), page_size, tokens))
+        return made[-1]
+
+    yield make_tree
+    for tree in made:
+        tree.cache.shutdown()
+
+
+def prompt(seed: int, tokens: int) -> list[int]:
+    return np.random.default_rng(seed).integers(100, 40_000, tokens).tolist()
+
+
+def store(tree: InTree, tokens: list[int], salt: str | None = None) -> None:
+    req = tree.request(f"store-{tokens[0]}-{salt}", tokens, salt)
+    tree.prefill(req)
+    tree.finish(req)
+    tree.settle()
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_bytes_come_back(make: Callable[..., InTree], page_size: int) -> None:
+    tree, tokens = make(page_size), prompt(1, 201)
+    store(tree, tokens)
+    tree.flush()
+    req = tree.request("again", tokens)
+    assert tree.prefill(req) == 192
+    assert tree.wrong_positions(req) == []
+
+
+def test_what_the_device_holds_is_not_loaded(make: Callable[..., InTree]) -> None:
+    """The device ends within a block: the load begins there, not where the block does."""
+    tree, tokens = make(), prompt(2, 201)
+    store(tree, tokens)
+    tree.flush()
+    tree.prefill(tree.request("first", tokens[:50]))
+    second = tree.request("second", tokens)
+    assert tree.prefill(second) == 192 - 50
+    assert tree.wrong_positions(second) == []
+
+
+def test_tenants_do_not_share(make: Callable[..., InTree]) -> None:
+    """On the way in and on the way out, by salt and by extra key."""
+    tree, tokens = make(), prompt(3, 200)
+    store(tree, tokens, "one")
+    tree.flush()
+    for name, salt, extra, expected in (
+        ("other salt", "two", None, 0),
+        ("no salt", None, None, 0),
+        ("as extra key", None, "one", 0),
+        ("both", "one", "one", 0),
+        ("same", "one", None, 192),
+    ):
+        req = tree.request(name, tokens, salt)
+        req.extra_key = extra
+        assert tree.match(req) == expected, name
+        tree.cache.release_aborted_request(req.cache_request_handle)
+
+
+def test_a_caller_without_a_request_finds_and_stores_nothing(make: Callable[..., InTree]) -> None:
+    """Nobody says whose tokens they are, so they are nobody's."""
+    tree, tokens = make(), prompt(4, 160)
+    store(tree, tokens)
+    task, mask = tree.manager.get_match(np.array(tokens))
+    assert (task, mask.any()) == (-1, False)
+    task, mask = tree.manager.put_match(np.array(prompt(5, 160)))
+    assert (task, mask.any()) == (-1, False)
+
+
+def test_a_failed_load_is_computed(make: Callable[..., InTree], monkeypatch: pytest.MonkeyPatch) -> None:
+    tree, tokens = make(), prompt(6, 161)
+    store(tree, tokens)
+    tree.flush()
+    free = tree.allocator.available_size()
+
+    def refuse(*arguments: Any) -> np.ndarray:
+        raise TransferError("injected")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CpuCopier, "scatter", refuse)
+        req = tree.request("again", tokens)
+        assert tree.match(req) == 160
+        assert tree.load(req) == 0
+    assert tree.allocator.available_size() == free
+    assert tree.prefill(req) == 160  # what is whole in host memory is tried again
+    assert tree.wrong_positions(req) == []
+
+
+def test_a_match_that_is_given_up_pins_nothing(make: Callable[..., InTree]) -> None:
+    tree, tokens = make(), prompt(7, 161)
+    store(tree, tokens)
+    tree.flush()
+    req = tree.request("given up", tokens)
+    assert tree.match(req) == 160
+    tree.cache.release_aborted_request(req.cache_request_handle)
+    assert not tree.manager._tasks
+    assert tree.manager.blocks is not None
+    tree.manager.blocks.check_integrity()
+
+
+def test_other_weights_find_nothing(make: Callable[..., InTree]) -> None:
+    from flexkv_sglang.compat import in_tree_hooks
+
+    tree, tokens = make(), prompt(8, 161)
+    store(tree, tokens)
+    in_tree_hooks._observe_weight_load(None, "disk")
+    tree.flush()
+    assert tree.match(tree.request("old", tokens)) == 0
+
+
+def test_more_than_one_process_is_refused(tmp_path: Path) -> None:
+    arguments = SimpleNamespace(tp_size=2, pp_size=1, dp_size=1, nnodes=1, speculative_algorithm=None)
+    config = in_tree.InTreeConfig.from_env()
+    with pytest.raises(ConfigError, match="flexkv-tiered"):
+        config.post_init_from_sglang_config(sglang_config=None, server_args=arguments, page_size=1)
