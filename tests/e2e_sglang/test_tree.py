@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from flexkv_core.config import FlexKVConfig
 from flexkv_core.errors import ConfigError, TransferError
 from flexkv_kernels.copier import CpuCopier
 from flexkv_sglang.layout import check_supported
+from flexkv_sglang.preflight import check_before_weights
 from tests.e2e_sglang.tree import NativeTree
 
 MakeTree = Callable[..., NativeTree]
@@ -229,9 +231,7 @@ def test_bad_settings_are_refused(make: MakeTree, settings: dict[str, object], w
     [
         ({"components": ("FULL", "SWA")}, "SWA"),
         ({"components": ("FULL", "MAMBA")}, "MAMBA"),
-        ({"pp_size": 2}, "pp-size"),
-        ({"disaggregation_mode": "prefill"}, "disaggregation"),
-        ({"speculative_algorithm": "EAGLE3"}, "EAGLE3"),
+        ({"has_draft_kv": True}, "draft"),
         ({"pool": type("SWAKVPool", (), {})()}, "SWAKVPool"),
     ],
 )
@@ -239,3 +239,30 @@ def test_what_cannot_be_served_right_is_refused(make: MakeTree, change: dict[str
     engine = replace(make().linker._engine, **change)
     with pytest.raises(ConfigError, match=word):
         check_supported(engine, FlexKVConfig())
+
+
+@pytest.mark.parametrize(
+    ("option", "word"),
+    [
+        ({"pp_size": 2}, "pp-size"),
+        ({"disaggregation_mode": "prefill"}, "disaggregation"),
+        ({"speculative_algorithm": "EAGLE3"}, "EAGLE3"),
+        ({"setting": "1"}, "FLEXKV_HOTS_BYTES"),
+    ],
+)
+@pytest.mark.parametrize("way", ["backend", "linker", "in-tree"])
+def test_what_is_known_early_is_refused_early(
+    monkeypatch: pytest.MonkeyPatch, option: dict[str, Any], word: str, way: str
+) -> None:
+    linker = {"linker": "FlexKVLinker", "linker_module_path": "flexkv_sglang.linker"}
+    arguments = SimpleNamespace(
+        radix_cache_backend="flexkv-tiered" if way == "backend" else None,
+        enable_flexkv=way == "in-tree",
+        flexkv_config_file=None,
+        unified_cache_external_linker_config=linker if way == "linker" else None,
+        **{"pp_size": 1, "disaggregation_mode": "null", "speculative_algorithm": None, **option},
+    )
+    if "setting" in option:
+        monkeypatch.setenv("FLEXKV_HOTS_BYTES", "1")
+    with pytest.raises(ConfigError, match=word):
+        check_before_weights(arguments)

@@ -27,7 +27,7 @@ from flexkv_kernels import copier_over
 from flexkv_kernels.segments import pieces_of
 from flexkv_sglang.compat import in_tree_hooks
 from flexkv_sglang.compat.in_tree_hooks import current_namespace
-from flexkv_sglang.layout import BLOCK_TOKENS, DRAFTS_WITHOUT_KV, server_identity
+from flexkv_sglang.layout import BLOCK_TOKENS, check_engine, server_identity
 
 if TYPE_CHECKING:
     import torch
@@ -331,12 +331,4 @@ def _check_in_tree(server_args: Any, config: FlexKVConfig) -> None:
             raise ConfigError(
                 f"FlexKV: --enable-flexkv serves one process; {name} is {getattr(server_args, name)}. Use --radix-cache-backend flexkv-tiered"
             )
-    draft = server_args.speculative_algorithm
-    if draft is not None and draft not in DRAFTS_WITHOUT_KV:
-        raise ConfigError(
-            f"FlexKV: speculative decoding with {draft} keeps KV of a draft model, which is not supported yet"
-        )
-    if config.verify_sample:
-        raise ConfigError(
-            f"verify_sample = {config.verify_sample}: not supported under SGLang yet; it must be 0"
-        )
+    check_engine(server_args, config)

@@ -28,27 +28,44 @@ _MHA, _MLA = "MHATokenToKVPool", "MLATokenToKVPool"
 DRAFTS_WITHOUT_KV = ("NGRAM",)
 
 
-def check_supported(engine: Engine, config: FlexKVConfig) -> None:
-    """Refuse options and models under which requests would not be served right.
+def check_engine(server_args: ServerArgs, config: FlexKVConfig) -> None:
+    """Refuse options under which requests would not be served right; known before the engine loads anything.
 
     Raises:
         ConfigError: with the reason and what to change.
     """
     for name, value, wanted in (
-        ("--pp-size", engine.pp_size, 1),
-        ("--attn-cp-size", engine.cp_size, 1),
-        ("--dcp-size", engine.dcp_size, 1),
-        ("--disaggregation-mode", engine.disaggregation_mode, "null"),
+        ("--pp-size", server_args.pp_size, 1),
+        ("--attn-cp-size", getattr(server_args, "attn_cp_size", 1), 1),
+        ("--dcp-size", getattr(server_args, "dcp_size", 1), 1),
+        ("--disaggregation-mode", server_args.disaggregation_mode, "null"),
     ):
-        if value != wanted:
+        if value not in (wanted, None):
             raise ConfigError(
                 f"FlexKV: {name} {value} is not supported yet under SGLang; it must be {wanted}"
             )
-    draft = engine.speculative_algorithm
-    if (draft is not None and draft not in DRAFTS_WITHOUT_KV) or engine.has_draft_kv:
+    draft = server_args.speculative_algorithm
+    if draft is not None and draft not in DRAFTS_WITHOUT_KV:
         raise ConfigError(
             f"FlexKV: speculative decoding with {draft} keeps KV of a draft model, which is not supported yet; allowed:"
             f" {', '.join(DRAFTS_WITHOUT_KV)}"
+        )
+    if config.verify_sample:
+        raise ConfigError(
+            f"verify_sample = {config.verify_sample}: not supported under SGLang yet; it must be 0"
+        )
+
+
+def check_supported(engine: Engine, config: FlexKVConfig) -> None:
+    """:func:`check_engine`, and what the KV pool of the model tells.
+
+    Raises:
+        ConfigError: with the reason and what to change.
+    """
+    check_engine(engine.server_args, config)
+    if engine.has_draft_kv:
+        raise ConfigError(
+            "FlexKV: SGLang keeps KV of a draft model beside the model's, which is not supported yet"
         )
     if engine.components != ("FULL",):
         raise ConfigError(
@@ -60,11 +77,8 @@ def check_supported(engine: Engine, config: FlexKVConfig) -> None:
         raise ConfigError(f"FlexKV: the model's KV lies in a {pool}; supported are {_MHA} and {_MLA}")
     if any(getattr(engine.pool, name, None) is not None for name in ("k_scale_buffer", "kv_scale_buffer")):
         raise ConfigError(
-            f"FlexKV: --kv-cache-dtype {engine.server_args.kv_cache_dtype} keeps scales apart from the KV, which is not supported yet; use auto"
-        )
-    if config.verify_sample:
-        raise ConfigError(
-            f"verify_sample = {config.verify_sample}: not supported under SGLang yet; it must be 0"
+            f"FlexKV: --kv-cache-dtype {engine.server_args.kv_cache_dtype} keeps scales apart from the KV, which is not supported yet;"
+            " use auto"
         )
 
 

@@ -24,11 +24,6 @@ class Engine:
     tp_size: int
     tp_rank: int
     dp_rank: int
-    pp_size: int
-    cp_size: int
-    dcp_size: int
-    disaggregation_mode: str
-    speculative_algorithm: str | None
     has_draft_kv: bool
     components: tuple[str, ...]
     pool: Any
@@ -46,11 +41,6 @@ def engine_of(server_args: ServerArgs, params: CacheInitParams, components: Coll
         tp_size=torch.distributed.get_world_size(group=group) if is_distributed else 1,
         tp_rank=torch.distributed.get_rank(group=group) if is_distributed else 0,
         dp_rank=_dp_rank(),
-        pp_size=params.pp_size,
-        cp_size=params.attn_cp_size,
-        dcp_size=getattr(server_args, "dcp_size", 1) or 1,
-        disaggregation_mode=server_args.disaggregation_mode,
-        speculative_algorithm=server_args.speculative_algorithm,
         has_draft_kv=bool(
             params.is_eagle
             or getattr(params, "mtp_draft_device_pools", ())
