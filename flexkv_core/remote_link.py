@@ -28,7 +28,7 @@ from flexkv_core.remote_policy import RemotePolicy
 from flexkv_core.remote_writes import RemoteWrites
 from flexkv_core.storage.base import BlockStatus, Statuses
 from flexkv_core.storage.memory import HostSegment
-from flexkv_core.storage.remote import check_available, client_environment
+from flexkv_core.storage.remote import check_usable, client_environment
 from flexkv_core.storage.remote.base import RemoteSpec
 from flexkv_core.storage.remote.breaker import Allow, Breaker
 from flexkv_core.storage.remote.presence import Presence
@@ -400,7 +400,7 @@ def remote_spec(config: FlexKVConfig, layout: KVLayout, root: bytes) -> RemoteSp
     """What the configuration says of the remote tier; None if there is none.
 
     Raises:
-        ConfigError: no such store, or its library is not installed.
+        ConfigError: no such store, its library is not installed, or an option that cannot be used.
     """
     if config.remote_url is None:
         return None
@@ -415,7 +415,7 @@ def remote_spec(config: FlexKVConfig, layout: KVLayout, root: bytes) -> RemoteSp
         write_bytes_per_s=int(config.remote_write_bytes_per_s),
         read_bytes_per_s=int(config.remote_read_bytes_per_s),
     )
-    check_available(spec.scheme)
+    check_usable(spec)
     return spec
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 from collections.abc import Callable, Mapping
@@ -15,8 +14,6 @@ from flexkv_core.storage.remote.base import RemoteSpec
 from flexkv_core.transfer.ring import Array, CommandKind
 from flexkv_core.transfer.supervisor import Progress, Supervised, make_commands
 from flexkv_core.types import KEY_BYTES, Slots
-
-logger = logging.getLogger(__name__)
 
 
 class RemoteProcess(Supervised):

@@ -14,6 +14,7 @@ from flexkv_core.config import FlexKVConfig, load_config
 from flexkv_core.errors import CapacityError, ConfigError
 from flexkv_core.storage.directory import FOLDER_PREFIX
 from flexkv_core.storage.memory import check_capacity
+from flexkv_core.storage.remote import check_available
 from flexkv_vllm.layout import check_engine
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ def check_before_weights(vllm_config: VllmConfig, memory: bool) -> None:
         check_block_size(config, cache.block_size)
     if memory:
         check_capacity(int(config.host_bytes), config.huge_pages)
+    if config.remote_url is not None:
+        check_available(config.remote_url.partition(":")[0])
     for directory in config.ssd_dirs:
         check_directory(Path(directory), int(config.ssd_bytes))
 

@@ -25,7 +25,7 @@ from flexkv_core.cli.harness.stores import redis_server
 
 REQUESTS, QUICK_REQUESTS = 200, 10
 TURN_REQUESTS = 10  # before the other server has its turn
-PROMPT_TOKENS = 200
+PROMPT_TOKENS = 130
 ANSWER_TOKENS = 2
 SLOW_S = 0.05
 """Of each answer: more than 100 times what this store takes on loopback (0.3 ms)."""

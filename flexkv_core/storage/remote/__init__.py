@@ -50,6 +50,15 @@ def check_available(scheme: str) -> None:
         )
 
 
+def check_usable(spec: RemoteSpec) -> None:
+    """Refuse what no store will make right: makes the client here, which connects to nothing, and ends it.
+
+    Raises:
+        ConfigError: as :func:`open_store`.
+    """
+    open_store(spec, []).close()
+
+
 def client_environment(spec: RemoteSpec) -> dict[str, str]:
     """What a store's library takes from the environment alone, for the process that uses it."""
     if spec.scheme != "mooncake":

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -29,10 +28,3 @@ class Lanes:
     def close(self) -> None:
         """Wait for what is under way."""
         self._pool.shutdown()
-
-
-def split_evenly(names: Sequence[str], parts: int) -> list[range]:
-    """Consecutive places of ``names`` in at most ``parts`` pieces of nearly equal length."""
-    count = len(names)
-    bounds = np.linspace(0, count, min(parts, count) + 1).astype(int).tolist() if count else [0]
-    return [range(start, stop) for start, stop in itertools.pairwise(bounds)]

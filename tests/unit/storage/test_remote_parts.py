@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from flexkv_core.config import FlexKVConfig, load_config
 from flexkv_core.errors import ConfigError
+from flexkv_core.layout import KVLayout
+from flexkv_core.remote_link import remote_spec
 from flexkv_core.storage import remote
 from flexkv_core.storage.remote.breaker import Allow, Breaker
 from flexkv_core.storage.remote.presence import Presence
@@ -169,13 +171,32 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         remote.check_available("s3")
 
 
+@pytest.mark.parametrize(
+    ("url", "options", "word"),
+    [
+        ("dir:relative/path", {}, "absolute"),
+        ("valkey://host:port", {}, "remote_url"),
+        ("valkey://host:6379", {"clutser": "true"}, "clutser"),
+        ("valkey://host:6379", {"expire_s": "soon"}, "expire_s"),
+        ("mooncake://host", {}, "mooncake://"),
+        ("mooncake://host:1", {"replicas": "two"}, "replicas"),
+        ("s3://bucket/x", {"no_such_option": "1"}, "no_such_option"),
+    ],
+)
+def test_options_that_cannot_be_used_are_refused_before_anything_is_taken(
+    url: str, options: dict[str, str], word: str
+) -> None:
+    config = FlexKVConfig(remote_url=url, remote_options=options)
+    with pytest.raises(ConfigError, match=word):
+        remote_spec(config, KVLayout(16, 16, 64), bytes(16))
+
+
 def test_a_relative_password_file_is_refused() -> None:
     with pytest.raises(ValueError, match="absolute"):
         FlexKVConfig(remote_password_file="password")
 
 
 def test_options_that_are_credentials_are_refused(tmp_path: Path) -> None:
-    from flexkv_core.layout import KVLayout
     from flexkv_core.storage.remote.base import RemoteSpec
 
     spec = RemoteSpec("s3://bucket/x", "p", KVLayout(16, 16, 64), {"aws_secret_access_key": "hunter2"})
