@@ -79,6 +79,8 @@ class CudaCopier(StreamCopier):
         check_block_bytes(self.segments, host)
         layout, settings = host.layout, self._settings
         with torch.cuda.device(self._device):
+            # The driver's calls want the device's context on this thread, which only some of torch's put there; this one does.
+            torch.cuda.synchronize(self._device)
             self._pinned = pin(
                 host.address,
                 host.slot_count * layout.slot_bytes,

@@ -76,6 +76,11 @@ class Scratch:
         self.paths = Paths(self.streams, self.segments, StagingRing(places), StagingRing(places))
         self.chunk_blocks = max(1, size // block_bytes)
 
+    def fill(self) -> None:
+        """Random bytes on both sides, other ones: zeros may be copied faster."""
+        self.host.copy_(self.paged.random_(0, 256))
+        self.paged.random_(0, 256)
+
     def run(self, direction: Direction, mode: Mode, size_bytes: int, rng: np.random.Generator) -> None:
         """One transfer of about ``size_bytes`` in random order on both sides, to its end."""
         count = min(self.count, max(1, size_bytes // self.block_bytes))

@@ -70,7 +70,7 @@ def device_figures(rounds: int, size_bytes: int) -> Figures:
     programs = PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
     for name, piece_bytes in PIECES.items():
         scratch = Scratch(piece_bytes, SEGMENTS, size_bytes, device, programs)
-        scratch.paged.random_(0, 255)
+        scratch.fill()
         packed = torch.empty_like(scratch.paged)
         table = paged_copy.SegmentTable.on(device, scratch.segments)
         access = choose_access(scratch.segments, 256)
@@ -97,15 +97,14 @@ def bus_figures(rounds: int, size_bytes: int, busy: bool, programs: int = PROGRA
     mark = "_busy" if busy else ""
     for name, piece_bytes in PIECES.items():
         scratch = Scratch(piece_bytes, SEGMENTS, size_bytes, torch.device("cuda"), programs)
-        scratch.host.random_(0, 255)
-        scratch.paged.random_(0, 255)
+        scratch.fill()
         for direction, way in WAY.items():
             matmul = Matmul() if busy else None
             copies = {
                 f"{way}_{mode.value}": partial(_transfer_s, scratch, direction, mode, matmul) for mode in Mode
             }
             measured = Rounds()
-            measured.run(copies, partial(_plain_s, scratch, direction, matmul), rounds)
+            measured.run(copies, partial(plain_s, scratch, direction, matmul), rounds)
             found = measured.figures(name + mark, scratch.count * scratch.block_bytes)
             figures |= {key.replace("plain", f"{way}_link"): value for key, value in found.items()}
             best = max(found[f"{way}_{mode.value}_{name}{mark}_ratio"] for mode in Mode)
@@ -186,7 +185,8 @@ def _transfer_s(
     return time.perf_counter() - start
 
 
-def _plain_s(scratch: Scratch, direction: Direction, matmul: Matmul | None) -> float:
+def plain_s(scratch: Scratch, direction: Direction, matmul: Matmul | None) -> float:
+    """Seconds of one copy of all of ``scratch`` between pinned memory and the device; what the ratios compare with."""
     if matmul is not None:
         matmul.keep_busy()
     else:

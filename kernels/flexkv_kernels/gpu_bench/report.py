@@ -11,14 +11,14 @@ _COLUMNS = ("4k", "16k", "64k", "256k", "1m")
 
 def table_lines(figures: Figures) -> Iterator[str]:
     """A row a copy, a column a piece size: its ratio to the plain copy, and GB/s of payload."""
-    yield f"{figures['gpu']}, torch {figures['torch']}, triton {figures['triton']}: ratio to a plain copy, GB/s"
+    yield f"{figures['gpu']}, driver {figures['driver']}, torch {figures['torch']}, triton {figures['triton']}: ratio to a plain copy, GB/s"
     yield f"{'pieces':<26}" + "".join(f"{column:>16}" for column in _COLUMNS)
     for name, busy in _rows():
         cells = (_cell(figures, f"{name}_{column}{busy}") for column in _COLUMNS)
         yield f"{name + busy:<26}" + "".join(f"{cell:>16}" for cell in cells)
     for name, value in figures.items():
-        if name.startswith("matmul_"):
-            yield f"{name:<50}{_number(value)}"
+        if name.startswith(("matmul_", "bind_", "calibration_", "pin_")):
+            yield f"{name:<50}{value if isinstance(value, str) else _number(value)}"
 
 
 def _rows() -> Iterator[tuple[str, str]]:
@@ -28,6 +28,8 @@ def _rows() -> Iterator[tuple[str, str]]:
         for way in ("d2h", "h2d"):
             for kind in ("link", "dma", "staged", "direct", "best"):
                 yield f"{way}_{kind}", busy
+    for name in ("d2h_op_link", "d2h_op", "h2d_op_link", "h2d_op", "h2d_op_unverified"):
+        yield name, ""
 
 
 def _cell(figures: Figures, name: str) -> str:
