@@ -11,7 +11,8 @@ setup(
             sources=sorted(glob.glob("flexkv_core/native/*.c")),
             depends=sorted(glob.glob("flexkv_core/native/*.h")),
             include_dirs=["flexkv_core/native/third_party/xxhash"],
-            extra_compile_args=["-O3", "-std=c11", "-fvisibility=hidden", "-Wall", "-Wextra"],
+            extra_compile_args=["-O3", "-std=c11", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread"],
+            extra_link_args=["-pthread"],
             optional=True,
         )
     ]

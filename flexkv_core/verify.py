@@ -72,6 +72,7 @@ class ShadowCopier:
 
     def __init__(self, inner: DeviceCopier, dtype: str) -> None:
         self.segments = inner.segments
+        self.store_piece_bytes = inner.store_piece_bytes
         self._inner = inner
         self._dtype = dtype
         self._scratch: HostSegment | None = None

@@ -3,7 +3,12 @@
 #include "functions.h"
 #include "kernels.h"
 
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+
 #define KEY_BYTES 16
+#define CRC_THREADS_MAX 64
 
 PyObject *fk_crc32c(PyObject *self, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"data", "crc", NULL};
@@ -32,22 +37,55 @@ typedef struct {
     Py_ssize_t slot_bytes, offset, length;
 } slot_range;
 
-static void crc_slots(const slot_range *range, const int64_t *slots, size_t n, const uint8_t *keys, uint32_t *out) {
-    for (size_t i = 0; i < n; i++) {
-        const uint8_t *image = (const uint8_t *)(uintptr_t)(range->base + slots[i] * range->slot_bytes + range->offset);
-        uint32_t state = fk_active->crc(~0u, keys + KEY_BYTES * i, KEY_BYTES);
-        out[i] = ~fk_active->crc(state, image, (size_t)range->length);
+typedef struct {
+    const slot_range *range;
+    const int64_t *slots;
+    const uint8_t *keys;
+    uint32_t *out;
+    size_t n;
+    atomic_size_t next; /* the first slot that nobody has taken */
+} crc_work;
+
+static void *crc_slots(void *argument) {
+    crc_work *work = argument;
+    const slot_range *range = work->range;
+    size_t i;
+    while ((i = atomic_fetch_add_explicit(&work->next, 1, memory_order_relaxed)) < work->n) {
+        const uint8_t *image = (const uint8_t *)(uintptr_t)(range->base + work->slots[i] * range->slot_bytes + range->offset);
+        uint32_t state = fk_active->crc(~0u, work->keys + KEY_BYTES * i, KEY_BYTES);
+        work->out[i] = ~fk_active->crc(state, image, (size_t)range->length);
     }
+    return NULL;
+}
+
+/* The caller works as well; where no thread can be made, alone. The threads end before this returns, and take no signals: Python's
+ * handlers belong to the process's own threads. */
+static void crc_slots_threads(crc_work *work, long threads) {
+    pthread_t helpers[CRC_THREADS_MAX];
+    long started = 0, wanted = (size_t)threads < work->n ? threads : (long)work->n;
+    sigset_t all, before;
+    sigfillset(&all);
+    if (wanted > 1 && pthread_sigmask(SIG_SETMASK, &all, &before) == 0) {
+        while (started < wanted - 1 && pthread_create(&helpers[started], NULL, crc_slots, work) == 0)
+            started++;
+        pthread_sigmask(SIG_SETMASK, &before, NULL);
+    }
+    crc_slots(work);
+    while (started > 0)
+        pthread_join(helpers[--started], NULL);
 }
 
 PyObject *fk_crc32c_slots(PyObject *self, PyObject *args, PyObject *kwargs) {
-    static char *names[] = {"base_addr", "slot_bytes", "offset", "length", "slots", "keys", "out", NULL};
+    static char *names[] = {"base_addr", "slot_bytes", "offset", "length", "slots", "keys", "out", "threads", NULL};
     slot_range range;
+    long threads = 1;
     PyObject *slots_object, *keys_object, *out_object;
     (void)self;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "LnnnOOO", names, &range.base, &range.slot_bytes, &range.offset, &range.length,
-                                     &slots_object, &keys_object, &out_object))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "LnnnOOO|l", names, &range.base, &range.slot_bytes, &range.offset, &range.length,
+                                     &slots_object, &keys_object, &out_object, &threads))
         return NULL;
+    if (threads < 1 || threads > CRC_THREADS_MAX)
+        return PyErr_Format(PyExc_ValueError, "threads is %ld, expected 1 to %d", threads, CRC_THREADS_MAX);
     if (range.slot_bytes < 0 || range.offset < 0 || range.length < 0 || range.length > range.slot_bytes - range.offset)
         return PyErr_Format(PyExc_ValueError, "offset %zd and length %zd do not lie in a slot of %zd bytes", range.offset,
                             range.length, range.slot_bytes);
@@ -57,8 +95,9 @@ PyObject *fk_crc32c_slots(PyObject *self, PyObject *args, PyObject *kwargs) {
     if (fk_open(&slots, slots_object, "slots", FK_IDS, 0) && fk_open(&keys, keys_object, "keys", FK_BYTES, 0) &&
         fk_open(&out, out_object, "out", FK_UINT32, 1) && fk_expect_length("keys", keys.length, KEY_BYTES * slots.length) &&
         fk_expect_length("out", out.length, slots.length) && (ids = fk_copy_ids(&slots, "slots", INT64_MAX))) {
+        crc_work work = {&range, ids, keys.view.buf, out.view.buf, (size_t)slots.length, 0};
         FK_BEGIN_BULK(slots.length * range.length)
-        crc_slots(&range, ids, (size_t)slots.length, keys.view.buf, out.view.buf);
+        crc_slots_threads(&work, threads);
         FK_END_BULK
         result = Py_NewRef(Py_None);
     }

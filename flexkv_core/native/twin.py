@@ -20,6 +20,7 @@ from flexkv_core.native.twin_crc32c import crc_update
 from flexkv_core.types import KEY_BYTES
 
 _Array = npt.NDArray[Any]
+CRC_THREADS_MAX = 64
 _INTEGERS = (np.dtype(np.int32), np.dtype(np.int64))
 
 
@@ -68,8 +69,11 @@ def crc32c_slots(
     slots: Any,
     keys: Any,
     out: Any,
+    threads: int = 1,
 ) -> None:
-    """CRC32C of a range of each slot, seeded with its key; see ``_native.pyi``."""
+    """CRC32C of a range of each slot, seeded with its key; see ``_native.pyi``. Runs on one thread whatever is asked for."""
+    if not 1 <= threads <= CRC_THREADS_MAX:
+        raise ValueError(f"threads is {threads}, expected 1 to {CRC_THREADS_MAX}")
     ids = _ids(slots, "slots")
     sums = _array(out, "out", (np.dtype(np.uint32),), writable=True)
     names = _keys(keys, len(ids))

@@ -29,9 +29,6 @@ from flexkv_core.types import Direction
 
 logger = logging.getLogger(__name__)
 
-STORE_PIECE_BYTES = 16 << 20
-"""A store is copied in pieces of this size: a load waits at most for one, about 2 ms at 8 GB/s."""
-
 LOAD_PIECE_BYTES = 4 << 20
 """A load is copied in pieces of this size where threads may share it: half a millisecond each, so they end about together."""
 
@@ -97,7 +94,7 @@ class TransferEngine:
     def start(self, host: HostSegment, on_result: Callable[[OpResult], None]) -> None:
         """Bind the copier to ``host`` and start the thread; ``on_result`` is called on it."""
         self._copier.bind(host, self._shard)
-        self._piece_blocks = max(1, STORE_PIECE_BYTES // host.layout.shard_bytes)
+        self._piece_blocks = max(1, self._copier.store_piece_bytes // host.layout.shard_bytes)
         self._load_piece_blocks = max(1, LOAD_PIECE_BYTES // host.layout.shard_bytes)
         self._host = host
         self._on_result = on_result
@@ -285,8 +282,10 @@ class TransferEngine:
             part = op.part(some)
             load.ok[some] = self._host.matches(part.slots, part.keys, self._shard)
 
-        if self._verify:
+        if self._verify and self._host.checksum_threads == 1:
             self._share(indices, check)
+        elif self._verify:
+            check(indices)  # has threads of its own
         else:
             load.ok[indices] = True
         # Told now, not after the copy: a reader waits.

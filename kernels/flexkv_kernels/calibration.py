@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 
 from flexkv_core.types import Direction
 from flexkv_kernels.paths import Mode
@@ -18,15 +19,20 @@ SIZES_BYTES = (256 << 10, 1 << 20, 4 << 20, 16 << 20)
 DEFAULT_MODE = Mode.STAGED
 """Where nothing was measured: its DMA is in large pieces and its kernel stays in device memory, whatever the piece's size."""
 
+DMA_TOLERANCE = 1.2
+"""DMA is taken up to this factor beyond the fastest mode: it needs no SM. Measured while the GPU multiplies matrices (H200, 2026-11-27),
+DMA of 64 KiB pieces kept 0.87 of the bus and kernels 0.1 to 0.5; while it does nothing, 0.72 and 0.85."""
+
 Measure = Callable[[Direction, Mode, int], float]
 """Seconds that one transfer of so many bytes takes."""
 
 
 @dataclass(frozen=True)
 class ModeTable:
-    """The choice by direction: pairs (least bytes, mode), sizes rising."""
+    """The choice by direction: pairs (least bytes, mode), sizes rising. ``direct``: whether kernels reach the slots."""
 
     choices: Mapping[Direction, Sequence[tuple[int, Mode]]]
+    direct: bool = True
 
     def choose(self, direction: Direction, size_bytes: int) -> Mode:
         """The mode for a transfer of ``size_bytes``."""
@@ -36,6 +42,13 @@ class ModeTable:
                 break
             chosen = mode
         return chosen
+
+    def choose_for_layers(self, layer_bytes: int) -> Mode:
+        """The mode for a load layer by layer, of ``layer_bytes`` a layer: never STAGED."""
+        mode = self.choose(Direction.LOAD, layer_bytes)
+        if mode is Mode.STAGED:
+            return Mode.DIRECT if self.direct else Mode.DMA
+        return mode
 
     def __str__(self) -> str:
         return "; ".join(
@@ -56,7 +69,7 @@ def calibrate(
 
     The best of three calls counts, after one that is not counted (a kernel's first call compiles it).
     """
-    deadline = clock() + budget_s
+    deadline, direct = clock() + budget_s, Mode.DIRECT in modes
     choices: dict[Direction, list[tuple[int, Mode]]] = {direction: [] for direction in Direction}
     for size in sizes_bytes:
         for direction in Direction:
@@ -66,6 +79,12 @@ def calibrate(
                 seconds[mode] = min(measure(direction, mode, size) for _ in range(3))
                 if clock() > deadline:
                     logger.warning("calibration stopped after %.1f s, at %d KiB", budget_s, size >> 10)
-                    return ModeTable(choices)
-            choices[direction].append((size, min(seconds, key=seconds.__getitem__)))
-    return ModeTable(choices)
+                    return ModeTable(choices, direct)
+            choices[direction].append((size, _best(seconds)))
+    return ModeTable(choices, direct)
+
+
+def _best(seconds: Mapping[Mode, float]) -> Mode:
+    fastest = min(seconds, key=seconds.__getitem__)
+    is_close = seconds.get(Mode.DMA, inf) <= DMA_TOLERANCE * seconds[fastest]
+    return Mode.DMA if is_close else fastest

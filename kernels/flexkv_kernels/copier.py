@@ -18,7 +18,7 @@ from flexkv_core import native
 from flexkv_core.errors import LayoutError
 from flexkv_core.layout import DeviceSegments
 from flexkv_core.storage.memory import HostSegment
-from flexkv_core.transfer.plan import TransferOp
+from flexkv_core.transfer.plan import STORE_PIECE_BYTES, TransferOp
 from flexkv_core.types import KEY_BYTES, BlockIds, Slots
 from flexkv_kernels.segments import pieces_of
 
@@ -31,6 +31,7 @@ class CpuCopier:
     """
 
     concurrent = True
+    store_piece_bytes = STORE_PIECE_BYTES
 
     def __init__(self, segments: DeviceSegments, keep_alive: object = None) -> None:
         self.segments = segments

@@ -72,7 +72,7 @@ class CudaCopier(StreamCopier):
         return cls(segments, tensors[0].device, settings, keep_alive=list(tensors))
 
     def bind(self, host: HostSegment, shard: int) -> None:
-        """Pin the slots, take staging memory (48 MiB, or six times a slot's shard), measure the modes; see the protocol.
+        """Pin the slots, take staging memory (96 MiB, or six times a slot's shard), measure the modes; see the protocol.
 
         Takes seconds; pinning and measuring are bounded. Slots that could not be pinned in whole are copied through staging memory.
         """
@@ -102,7 +102,7 @@ class CudaCopier(StreamCopier):
         driver, settings = self._cuda.driver, self._settings
         if not pinned.whole:
             driver.batches = False  # batches want memory that the driver knows
-            return ModeTable({direction: [(0, Mode.STAGED)] for direction in Direction})
+            return ModeTable({direction: [(0, Mode.STAGED)] for direction in Direction}, direct=False)
         modes = tuple(
             mode for mode in Mode if mode is not Mode.DIRECT or driver.kernels_reach(pinned.address)
         )
@@ -113,7 +113,7 @@ class CudaCopier(StreamCopier):
         except RuntimeError as error:
             # A TransferError, or torch's own: no memory for the scratch buffers is no reason to serve without a cache.
             logger.warning("device copies: not calibrated: %s", error)
-            return ModeTable({})
+            return ModeTable({}, direct=Mode.DIRECT in modes)
 
     def close(self) -> None:
         """Unpin the slots; the host segment may be unmapped then. No copy may be running."""

@@ -13,8 +13,8 @@ from flexkv_core.layout import DeviceSegments
 from flexkv_core.types import Direction
 from flexkv_kernels.calibration import SIZES_BYTES, ModeTable, calibrate
 from flexkv_kernels.cuda_streams import CudaStreams
-from flexkv_kernels.paths import Chunk, Mode, Paths, StagingBuffer, StagingRing
-from flexkv_kernels.stream_copier import BUFFERS, CHUNK_BYTES
+from flexkv_kernels.paths import Chunk, Mode, Paths, StagingBuffer, StagingRing, chunk_slices
+from flexkv_kernels.stream_copier import BUFFERS, CHUNK_BYTES, FIRST_CHUNK_BYTES, UNSTAGED_CHUNK_BYTES
 from flexkv_kernels.streams import Order
 
 _TIMEOUT_S = 10.0
@@ -74,7 +74,8 @@ class Scratch:
         # The allocator may give what the current stream's work still uses; ours are other streams.
         torch.cuda.synchronize(self.device)
         self.paths = Paths(self.streams, self.segments, StagingRing(places), StagingRing(places))
-        self.chunk_blocks = max(1, size // block_bytes)
+        self.chunk_blocks = {mode: max(1, UNSTAGED_CHUNK_BYTES // block_bytes) for mode in Mode}
+        self.chunk_blocks[Mode.STAGED] = max(1, size // block_bytes)
 
     def fill(self) -> None:
         """Random bytes on both sides, other ones: zeros may be copied faster."""
@@ -92,8 +93,8 @@ class Scratch:
         """Copy ``blocks`` to or from ``images`` chunk by chunk, and wait for the end."""
         move = self.paths.store if direction is Direction.STORE else self.paths.load
         after, done = self.streams.mark(), None
-        for start in range(0, len(blocks), self.chunk_blocks):
-            part = slice(start, start + self.chunk_blocks)
+        first = FIRST_CHUNK_BYTES // self.block_bytes
+        for part in chunk_slices(len(blocks), first, self.chunk_blocks[mode]):
             done = move(mode, Chunk(blocks[part], images[part]), after)
         if done is not None:
             self.streams.finish(done, _TIMEOUT_S, Order.STORED)

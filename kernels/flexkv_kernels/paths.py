@@ -7,14 +7,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
 import numpy as np
 
 from flexkv_core.layout import DeviceSegments
-from flexkv_kernels.streams import Addresses, Order, Stream, Streams
+from flexkv_kernels.streams import ALL, Addresses, ImagePlace, Order, Stream, Streams
 
 
 class Mode(Enum):
@@ -77,12 +77,12 @@ class Paths:
             return streams.record(Stream.STORE_DMA)
         streams.wait(Stream.STORE_KERNEL, after, Order.ENGINE_WROTE)
         if mode is Mode.DIRECT:
-            streams.gather(Stream.STORE_KERNEL, chunk.blocks, chunk.images)
+            streams.gather(Stream.STORE_KERNEL, chunk.blocks, chunk.images, ImagePlace.HOST)
             return streams.record(Stream.STORE_KERNEL)
         buffer = self.store_ring.take()
         if buffer.free is not None:
             streams.wait(Stream.STORE_KERNEL, buffer.free, Order.SENT)
-        streams.gather(Stream.STORE_KERNEL, chunk.blocks, self._staged(buffer, chunk))
+        streams.gather(Stream.STORE_KERNEL, chunk.blocks, self._staged(buffer, chunk), ImagePlace.STAGING)
         streams.wait(Stream.STORE_DMA, streams.record(Stream.STORE_KERNEL), Order.GATHERED)
         staged, images, sizes = self._runs(buffer, chunk)
         streams.copy(Stream.STORE_DMA, staged, images, sizes)
@@ -97,7 +97,7 @@ class Paths:
             pieces, images, sizes = self._pieces(chunk)
             streams.copy(Stream.LOAD_DMA, images, pieces, sizes)
             return streams.record(Stream.LOAD_DMA)
-        source = chunk.images
+        source, place = chunk.images, ImagePlace.HOST
         buffer = None
         if mode is Mode.STAGED:
             buffer = self.load_ring.take()
@@ -106,25 +106,29 @@ class Paths:
             staged, images, sizes = self._runs(buffer, chunk)
             streams.copy(Stream.LOAD_DMA, images, staged, sizes)
             streams.wait(Stream.LOAD_KERNEL, streams.record(Stream.LOAD_DMA), Order.ARRIVED)
-            source = self._staged(buffer, chunk)
+            source, place = self._staged(buffer, chunk), ImagePlace.STAGING
         streams.wait(Stream.LOAD_KERNEL, after, Order.ENGINE_READ)
-        streams.scatter(Stream.LOAD_KERNEL, chunk.blocks, source)
+        streams.scatter(Stream.LOAD_KERNEL, chunk.blocks, source, place)
         done = streams.record(Stream.LOAD_KERNEL)
         if buffer is not None:
             buffer.free = done
         return done
 
-    def load_layer(self, chunk: Chunk, layer: int, after: object) -> object:
-        """One layer's pieces of the images -> blocks once ``after`` has passed, by DMA, behind the layers before; the event after which
-        the layer may be read."""
-        streams = self.streams
-        streams.wait(Stream.LOAD_DMA, after, Order.ENGINE_READ)
+    def load_layer(self, mode: Mode, chunk: Chunk, layer: int, after: object) -> object:
+        """One layer's pieces of the images -> blocks once ``after`` has passed, behind the layers before; the event after which the
+        layer may be read. STAGED has no gain here: a layer's pieces are apart in the images."""
+        assert mode is not Mode.STAGED, mode
+        streams, stream = self.streams, Stream.LOAD_DMA if mode is Mode.DMA else Stream.LOAD_KERNEL
+        streams.wait(stream, after, Order.ENGINE_READ)
         for run in self.segments.runs_of(layer):
-            pieces, images, sizes = self._pieces(chunk, run)
-            streams.copy(Stream.LOAD_DMA, images, pieces, sizes)
-        return streams.record(Stream.LOAD_DMA)
+            if mode is Mode.DMA:
+                pieces, images, sizes = self._pieces(chunk, run)
+                streams.copy(stream, images, pieces, sizes)
+            else:
+                streams.scatter(stream, chunk.blocks, chunk.images, ImagePlace.HOST, run)
+        return streams.record(stream)
 
-    def _pieces(self, chunk: Chunk, run: slice = slice(None)) -> tuple[Addresses, Addresses, Addresses]:
+    def _pieces(self, chunk: Chunk, run: slice = ALL) -> tuple[Addresses, Addresses, Addresses]:
         """Address of every piece, of its place in its image, and its size; of the segments of ``run`` alone."""
         segments = self.segments
         pieces = segments.addresses[run] + chunk.blocks[:, None] * segments.strides[run]
@@ -149,8 +153,24 @@ def merge_runs(images: Addresses, image_bytes: int, base: int, run_bytes: int) -
 
     No run crosses ``base`` plus a multiple of ``run_bytes``: host memory is pinned in pieces of that size, and one DMA stays in one.
     """
-    joined = np.diff(images) == image_bytes
-    joined &= np.diff((images - base) // run_bytes) == 0
-    first = np.flatnonzero(np.concatenate([[True], ~joined]))
-    counts = np.diff(np.append(first, len(images)))
-    return images[first], counts * image_bytes
+    first = np.ones(len(images), np.bool_)
+    np.not_equal(np.diff(images), image_bytes, out=first[1:])
+    first[1:] |= np.diff((images - base) // run_bytes) != 0
+    starts = np.flatnonzero(first)
+    counts = np.empty(len(starts), np.int64)
+    counts[:-1] = starts[1:] - starts[:-1]
+    counts[-1] = len(images) - starts[-1]
+    return images[starts], counts * image_bytes
+
+
+def chunk_slices(count: int, first: int, most: int) -> Iterator[slice]:
+    """Cut ``count`` slots into chunks, the first of ``first``, each later one twice as large, up to ``most``.
+
+    The first is small, so that the device starts while the host checks the next; the others are large, because each costs the host
+    a tenth of a millisecond of calls, and on a GPU that computes each kernel waits for room.
+    """
+    most = max(1, most)
+    start, size = 0, max(1, min(first, most))
+    while start < count:
+        yield slice(start, min(start + size, count))
+        start, size = start + size, min(2 * size, most)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,25 +15,32 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from flexkv_core import native
 from flexkv_core.errors import LayoutError, TransferError
 from flexkv_core.layout import DeviceSegments
 from flexkv_core.storage.memory import HostSegment
 from flexkv_core.transfer.plan import TransferOp
 from flexkv_core.types import Direction
 from flexkv_kernels.calibration import ModeTable
-from flexkv_kernels.paths import Chunk, Paths, StagingBuffer, StagingRing
+from flexkv_kernels.paths import Chunk, Mode, Paths, StagingBuffer, StagingRing, chunk_slices
 from flexkv_kernels.streams import Order, Stream, Streams
 
 logger = logging.getLogger(__name__)
 
-PROGRAMS_DEFAULT = 64
-"""Programs of a kernel, which the hardware spreads over the SMs. By calculation, not measured: 64 programs have 8 KiB under way each, and
-a PCIe 5 bus at 64 GB/s and 2 µs of latency needs 128 KiB. More are needed only to reach device memory's own speed."""
+PROGRAMS_DEFAULT = 128
+"""Programs of a kernel at most, which the hardware spreads over the SMs; :mod:`~flexkv_kernels.cuda_streams` takes as few as will do."""
 
-CHUNK_BYTES = 8 << 20
-"""A transfer is queued in chunks of this size, so that a gather, a DMA and a checksum of three chunks overlap. By calculation, not
-measured: 0.15 ms of a PCIe 5 bus, and a tenth of a millisecond for the calls that queue a chunk."""
+FIRST_CHUNK_BYTES = 8 << 20
+"""Of a transfer: 0.15 ms of a PCIe 5 bus, after which the device has something to do."""
+
+CHUNK_BYTES = 16 << 20
+"""Through staging memory. A chunk costs the host 0.2 ms of calls (H200's machine, 2026-11-27), the bus takes 0.3 ms for it; with 8 MiB
+the calls were the limit, at 0.6 of the bus, with 16 MiB it was 0.9, and no more with 32."""
+
+UNSTAGED_CHUNK_BYTES = 32 << 20
+"""Straight between slots and blocks, where a chunk takes no memory. The checksum of one chunk overlaps the copy of the next."""
+
+CHECKSUM_THREADS_MAX = 8
+"""One thread took the checksums of 11 GB/s, two of 23, four of 42, eight of 72 (H200's machine, 16 cores, 2026-11-27); the bus brings 55."""
 
 BUFFERS = 3
 """Staging buffers a direction: one that is filled, one that is sent, one to spare."""
@@ -43,15 +51,19 @@ CHUNKS_UNDER_WAY = 2 * BUFFERS
 
 @dataclass(frozen=True)
 class CopierSettings:
-    """What may be chosen. ``timeout_s``: for the device to finish what it was given. ``programs``: of one kernel, see
-    :data:`PROGRAMS_DEFAULT`. ``pin_budget_s``, ``calibration_budget_s``: at start, then it goes on without.
+    """What may be chosen. ``chunk_bytes``: of a staging buffer; ``unstaged_chunk_bytes``: of a chunk that needs none. ``timeout_s``: for
+    the device to finish what it was given. ``programs``: of one kernel, see :data:`PROGRAMS_DEFAULT`. ``pin_budget_s``,
+    ``calibration_budget_s``: at start, then it goes on without. ``checksum_threads``: for a moment at a time, the calling one included;
+    0: half of the machine's cores, at most :data:`CHECKSUM_THREADS_MAX`.
     """
 
     chunk_bytes: int = CHUNK_BYTES
+    unstaged_chunk_bytes: int = UNSTAGED_CHUNK_BYTES
     timeout_s: float = 20.0
     programs: int = PROGRAMS_DEFAULT
     pin_budget_s: float = 120.0
     calibration_budget_s: float = 5.0
+    checksum_threads: int = 0
 
 
 class StreamCopier:
@@ -66,6 +78,7 @@ class StreamCopier:
     """
 
     concurrent = False
+    store_piece_bytes = 64 << 20  # 1.3 ms at 50 GB/s
 
     def __init__(self, streams: Streams, segments: DeviceSegments, settings: CopierSettings) -> None:
         self.segments = segments
@@ -81,8 +94,14 @@ class StreamCopier:
         """
         check_block_bytes(self.segments, host)
         self._host, self._shard, self._paths, self._modes = host, shard, paths, modes
-        chunk_bytes = paths.store_ring.buffers[0].size_bytes
-        self._chunk_slots = max(1, chunk_bytes // host.layout.shard_bytes)
+        host.checksum_threads = self._settings.checksum_threads or min(
+            CHECKSUM_THREADS_MAX, max(1, (os.cpu_count() or 1) // 2)
+        )
+        shard_bytes = host.layout.shard_bytes
+        unstaged = self._settings.unstaged_chunk_bytes // shard_bytes
+        self._first_slots = max(1, FIRST_CHUNK_BYTES // shard_bytes)
+        self._chunk_slots = {mode: max(1, unstaged) for mode in Mode}
+        self._chunk_slots[Mode.STAGED] = max(1, paths.store_ring.buffers[0].size_bytes // shard_bytes)
 
     def close(self) -> None:
         """Nothing was taken here."""
@@ -97,7 +116,7 @@ class StreamCopier:
         mode = self._modes.choose(Direction.STORE, self._op_bytes(op))
         under_way: deque[tuple[TransferOp, object]] = deque()
         with self._settled():
-            for part in self._chunks(op):
+            for part in self._chunks(op, mode):
                 under_way.append((part, self._paths.store(mode, self._chunk(part), after)))
                 if len(under_way) >= CHUNKS_UNDER_WAY:
                     self._finish_store(*under_way.popleft())
@@ -113,10 +132,10 @@ class StreamCopier:
     def _scatter(self, op: TransferOp, after: object, verify: bool) -> npt.NDArray[np.bool_]:
         mode = self._modes.choose(Direction.LOAD, self._op_bytes(op))
         ok, done, start = np.ones(len(op.slots), np.bool_), None, 0
-        for part in self._chunks(op):
+        for part in self._chunks(op, mode):
             here = slice(start, start + len(part.slots))
             if verify:
-                ok[here] = self._checksums(part) == self._host.checksums[part.slots, self._shard]
+                ok[here] = self._host.matches(part.slots, part.keys, self._shard)
             chunk = self._chunk(part, ok[here])
             if len(chunk.blocks):
                 done = self._paths.load(mode, chunk, after)
@@ -130,10 +149,11 @@ class StreamCopier:
         """Slots -> blocks, layer by layer; an event a layer; see the protocol."""
         self._refuse_if_broken()
         chunk, done = self._chunk(op), None
+        mode = self._modes.choose_for_layers(self._op_bytes(op) // self.segments.layer_count)
         with self._settled():
             for layer in range(self.segments.layer_count):
                 if len(chunk.blocks):
-                    done = self._paths.load_layer(chunk, layer, after)
+                    done = self._paths.load_layer(mode, chunk, layer, after)
                 on_layer(done)
             if done is not None:
                 self._finish(done, Order.LOADED)
@@ -143,9 +163,9 @@ class StreamCopier:
         if layer is not None:
             self._streams.follow(layer, Order.LAYER_LOADED)
 
-    def _chunks(self, op: TransferOp) -> Iterator[TransferOp]:
-        for start in range(0, len(op.slots), self._chunk_slots):
-            yield op.part(np.arange(start, min(start + self._chunk_slots, len(op.slots))))
+    def _chunks(self, op: TransferOp, mode: Mode) -> Iterator[TransferOp]:
+        for part in chunk_slices(len(op.slots), self._first_slots, self._chunk_slots[mode]):
+            yield op.part(np.arange(part.start, part.stop))
 
     def _chunk(self, op: TransferOp, wanted: npt.NDArray[np.bool_] | None = None) -> Chunk:
         """Every device block with the address of its image in its slot; left out where negative or its slot is not ``wanted``."""
@@ -165,16 +185,8 @@ class StreamCopier:
 
     def _finish_store(self, op: TransferOp, event: object) -> None:
         self._finish(event, Order.STORED)
-        self._host.checksums[op.slots, self._shard] = self._checksums(op)
-
-    def _checksums(self, op: TransferOp) -> npt.NDArray[np.uint32]:
-        """Of this rank's shard of each slot, as it is in host memory now."""
-        layout, found = self._host.layout, np.zeros(len(op.slots), np.uint32)
-        offset = self._shard * layout.shard_bytes
-        native.crc32c_slots(
-            self._host.address, layout.slot_bytes, offset, layout.shard_bytes, op.slots, op.keys, found
-        )
-        return found
+        found = self._host.checksums_now(op.slots, op.keys, self._shard)
+        self._host.checksums[op.slots, self._shard] = found
 
     @contextmanager
     def _settled(self) -> Iterator[None]:

@@ -24,6 +24,17 @@ class Stream(Enum):
     LOAD_KERNEL = "load kernel"
 
 
+class ImagePlace(Enum):
+    """Where a kernel finds images, which decides how much of the GPU it needs."""
+
+    STAGING = "staging memory on the device"
+    HOST = "pinned host memory, over the bus"
+
+
+ALL = slice(None)
+"""Every segment."""
+
+
 class Order(Enum):
     """Why one piece of work must come after another. Each is a wait; the race test removes them one by one."""
 
@@ -63,11 +74,13 @@ class Streams(Protocol):
     def finish(self, event: object, timeout_s: float, order: Order) -> None:
         """Wait for ``event`` on the host, at most ``timeout_s``."""
 
-    def gather(self, stream: Stream, blocks: Addresses, images: Addresses) -> None:
-        """Kernel: blocks -> images, whose addresses are given; in device memory or pinned host memory."""
+    def gather(self, stream: Stream, blocks: Addresses, images: Addresses, place: ImagePlace) -> None:
+        """Kernel: blocks -> images, whose addresses are given."""
 
-    def scatter(self, stream: Stream, blocks: Addresses, images: Addresses) -> None:
-        """Kernel: images -> blocks."""
+    def scatter(
+        self, stream: Stream, blocks: Addresses, images: Addresses, place: ImagePlace, run: slice = ALL
+    ) -> None:
+        """Kernel: images -> blocks; of the segments of ``run`` alone, whose pieces lie at their places in whole images."""
 
     def copy(self, stream: Stream, sources: Addresses, targets: Addresses, sizes: Addresses) -> None:
         """DMA: ``sizes[i]`` bytes from ``sources[i]`` to ``targets[i]``, in any order among themselves."""

@@ -12,7 +12,7 @@ from flexkv_core import native
 from flexkv_core.layout import DeviceSegments, KVLayout
 from flexkv_core.storage.base import key_words
 from flexkv_core.storage.memory import HostSegment
-from flexkv_core.transfer.plan import TransferOp
+from flexkv_core.transfer.plan import STORE_PIECE_BYTES, TransferOp
 
 BLOCK_TOKENS = 16
 BLOCK_BYTES = 16 << 10
@@ -72,6 +72,7 @@ class NumpyDevice:
     # DeviceCopier
 
     concurrent = False
+    store_piece_bytes = STORE_PIECE_BYTES
 
     def bind(self, host: HostSegment, shard: int) -> None:
         """Use ``host``; see the protocol."""

@@ -95,13 +95,14 @@ def _check_library() -> list[str]:
 
 
 def _measure(figures: Figures, quick: bool, report: Path | None) -> None:
-    from flexkv_kernels.gpu_bench import measure, measure_ops
+    from flexkv_kernels.gpu_bench import measure, measure_layers, measure_ops
 
     rounds, size_bytes = (3, 128 << 20) if quick else (9, 256 << 20)
     steps: dict[str, Callable[[], Mapping[str, float | str]]] = {
         "device": lambda: measure.device_figures(rounds, 4 * size_bytes),
         "bus": lambda: measure.bus_figures(rounds, size_bytes, busy=False),
         "whole ops": lambda: measure_ops.op_figures(rounds, size_bytes),
+        "layer by layer": lambda: measure_layers.layer_figures(rounds),
         "pinning": measure_ops.pin_figures,
         "bus beside a matrix product": lambda: measure.bus_figures(rounds, size_bytes, busy=True),
         "matrix product beside the bus": lambda: measure.matmul_figures(size_bytes),

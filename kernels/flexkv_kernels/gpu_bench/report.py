@@ -17,7 +17,7 @@ def table_lines(figures: Figures) -> Iterator[str]:
         cells = (_cell(figures, f"{name}_{column}{busy}") for column in _COLUMNS)
         yield f"{name + busy:<26}" + "".join(f"{cell:>16}" for cell in cells)
     for name, value in figures.items():
-        if name.startswith(("matmul_", "bind_", "calibration_", "pin_")):
+        if name.startswith(("matmul_", "bind_", "calibration_", "pin_", "layers_")):
             yield f"{name:<50}{value if isinstance(value, str) else _number(value)}"
 
 

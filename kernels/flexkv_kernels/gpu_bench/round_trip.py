@@ -28,6 +28,7 @@ class Case:
     programs: int = 3
     skip: bool = False  # leave the first block out by a negative id
     checksum: bool = False
+    layerwise: bool = False  # scatter tensor by tensor
 
 
 def differences(case: Case, device: str = "cpu") -> list[str]:
@@ -87,7 +88,13 @@ class _Run:
         alignment = int(np.gcd.reduce(images.cpu().numpy()))
         access = choose_access(self.segments, alignment, self.case.checksum)
         table = SegmentTable.on(self.device, self.segments)
-        kernel(table, self.named, images, access, self.case.programs, sums)
+        if not (self.case.layerwise and kernel is paged_copy.scatter):
+            kernel(table, self.named, images, access, self.case.programs, sums)
+            return
+        for layer in range(self.segments.layer_count):
+            for run in self.segments.runs_of(layer):
+                within = images + run.start * self.segments.piece_bytes
+                kernel(table.part(run), self.named, within, access, self.case.programs)
 
     def _sums(self) -> torch.Tensor | None:
         if not self.case.checksum:

@@ -15,7 +15,7 @@ from flexkv_core.errors import TransferError
 from flexkv_core.layout import KVLayout
 from flexkv_core.manager import KVManager, ModelConfig
 from flexkv_core.storage.memory import HostSegment
-from flexkv_core.transfer.plan import TransferOp
+from flexkv_core.transfer.plan import STORE_PIECE_BYTES, TransferOp
 from flexkv_kernels import CpuCopier
 
 BLOCK_TOKENS = 16
@@ -27,6 +27,7 @@ class FaultyCopier:
     layer's number before it is published."""
 
     concurrent = True
+    store_piece_bytes = STORE_PIECE_BYTES
 
     def __init__(self, inner: CpuCopier) -> None:
         self.inner = inner

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from flexkv_core.storage.memory import HostSegment, arrival_mark
-from flexkv_core.transfer import engine as engine_module
 from flexkv_core.transfer.engine import TransferEngine
-from flexkv_core.transfer.plan import OpResult, OpStatus, TransferOp
+from flexkv_core.transfer.plan import STORE_PIECE_BYTES, OpResult, OpStatus, TransferOp
 from flexkv_core.types import Direction
 from tests.unit.core.device import Device
 
@@ -137,7 +136,7 @@ def test_close_reports_everything() -> None:
 
 
 def test_store_piece_is_a_few_milliseconds_of_copying() -> None:
-    assert 4 << 20 <= engine_module.STORE_PIECE_BYTES <= 64 << 20
+    assert 4 << 20 <= STORE_PIECE_BYTES <= 64 << 20
 
 
 def test_awaited_slots_are_copied_as_they_arrive(rig: Rig) -> None:

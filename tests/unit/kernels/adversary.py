@@ -16,7 +16,7 @@ import numpy as np
 
 from flexkv_core.errors import TransferError
 from flexkv_core.layout import DeviceSegments
-from flexkv_kernels.streams import Addresses, Order, Stream
+from flexkv_kernels.streams import ALL, Addresses, ImagePlace, Order, Stream
 
 
 @dataclass
@@ -88,11 +88,13 @@ class Adversary:
             if not self._step():
                 raise TransferError(f"the device did not finish within {timeout_s:g} s: {order.value}")
 
-    def gather(self, stream: Stream, blocks: Addresses, images: Addresses) -> None:
+    def gather(self, stream: Stream, blocks: Addresses, images: Addresses, place: ImagePlace) -> None:
         self._queue_copies(stream, *self._pieces(blocks, images))
 
-    def scatter(self, stream: Stream, blocks: Addresses, images: Addresses) -> None:
-        pieces, places, sizes = self._pieces(blocks, images)
+    def scatter(
+        self, stream: Stream, blocks: Addresses, images: Addresses, place: ImagePlace, run: slice = ALL
+    ) -> None:
+        pieces, places, sizes = self._pieces(blocks, images, run)
         self._queue_copies(stream, places, pieces, sizes)
 
     def copy(self, stream: Stream, sources: Addresses, targets: Addresses, sizes: Addresses) -> None:
@@ -108,10 +110,12 @@ class Adversary:
         self._chance()
         return event
 
-    def _pieces(self, blocks: Addresses, images: Addresses) -> tuple[Addresses, Addresses, Addresses]:
+    def _pieces(
+        self, blocks: Addresses, images: Addresses, run: slice = ALL
+    ) -> tuple[Addresses, Addresses, Addresses]:
         segments = self._segments
-        pieces = segments.addresses + blocks[:, None] * segments.strides
-        places = images[:, None] + np.arange(len(segments.addresses)) * segments.piece_bytes
+        pieces = segments.addresses[run] + blocks[:, None] * segments.strides[run]
+        places = images[:, None] + np.arange(len(segments.addresses))[run] * segments.piece_bytes
         return pieces.ravel(), places.ravel(), np.full(pieces.size, segments.piece_bytes)
 
     def _queue_copies(self, stream: Stream, sources: Addresses, targets: Addresses, sizes: Addresses) -> None:

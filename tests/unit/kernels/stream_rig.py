@@ -45,10 +45,11 @@ class StreamRig:
         ]
         segments = pieces_of(self.tensors, block_dim=1)
         self.streams = Adversary(segments, seed, removed)
-        self.copier = StreamCopier(self.streams, segments, CopierSettings())
+        buffer_bytes = CHUNK_BLOCKS * shape.blocks_per_slot * segments.block_bytes
+        settings = CopierSettings(chunk_bytes=buffer_bytes, unstaged_chunk_bytes=buffer_bytes)
+        self.copier = StreamCopier(self.streams, segments, settings)
         tokens = TOKENS * shape.blocks_per_slot
         self.host = HostSegment.create(BLOCKS, KVLayout(tokens, TOKENS, segments.block_bytes, shape.shards))
-        buffer_bytes = CHUNK_BLOCKS * shape.blocks_per_slot * segments.block_bytes
         self._staging = np.zeros(2 * BUFFERS * buffer_bytes, np.uint8)
         rings = staging_rings(self._staging.ctypes.data, buffer_bytes, BUFFERS)
         paths = Paths(self.streams, segments, *rings, self.host.address)

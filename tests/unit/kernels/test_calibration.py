@@ -7,9 +7,9 @@ import pytest
 
 from flexkv_core.errors import TransferError
 from flexkv_core.types import Direction
-from flexkv_kernels.calibration import DEFAULT_MODE, ModeTable, calibrate
+from flexkv_kernels.calibration import DEFAULT_MODE, DMA_TOLERANCE, ModeTable, calibrate
 from flexkv_kernels.cuda_driver import PIN_PIECE_BYTES_MAX, pin
-from flexkv_kernels.paths import Mode, merge_runs
+from flexkv_kernels.paths import Mode, chunk_slices, merge_runs
 
 SIZES = (100, 1000)
 
@@ -118,3 +118,37 @@ def test_a_measurement_that_fails_is_no_silent_default() -> None:
 
     with pytest.raises(TransferError, match="fell off"):
         calibrate(measure, sizes_bytes=SIZES, clock=Clock())
+
+
+@pytest.mark.parametrize(("factor", "chosen"), [(0.99, Mode.DMA), (1.01, Mode.STAGED)])
+def test_dma_is_taken_when_it_is_nearly_as_fast(factor: float, chosen: Mode) -> None:
+    """It leaves the SMs to the engine."""
+    seconds = {Mode.DMA: factor * DMA_TOLERANCE, Mode.STAGED: 1.0, Mode.DIRECT: 1.5}
+    table = calibrate(lambda _, mode, __: seconds[mode], sizes_bytes=SIZES, clock=Clock())
+    assert {table.choose(direction, 5000) for direction in Direction} == {chosen}
+
+
+def test_layers_are_never_staged() -> None:
+    modes = [(0, Mode.DMA), (1000, Mode.STAGED)]
+    table = ModeTable({Direction.LOAD: modes})
+    assert [table.choose_for_layers(size) for size in (10, 1000)] == [Mode.DMA, Mode.DIRECT]
+    unreached = ModeTable({Direction.LOAD: modes}, direct=False)
+    assert [unreached.choose_for_layers(size) for size in (10, 1000)] == [Mode.DMA, Mode.DMA]
+
+
+def test_what_kernels_do_not_reach_is_remembered() -> None:
+    def measure(direction: Direction, mode: Mode, size: int) -> float:
+        return {Mode.DMA: 9.0, Mode.STAGED: 1.0}[mode]
+
+    table = calibrate(measure, modes=(Mode.DMA, Mode.STAGED), sizes_bytes=SIZES, clock=Clock())
+    assert table.choose_for_layers(5000) is Mode.DMA
+
+
+@pytest.mark.parametrize(
+    ("count", "first", "most", "sizes"),
+    [(20, 2, 8, [2, 4, 8, 6]), (3, 8, 8, [3]), (3, 0, 0, [1, 1, 1]), (0, 1, 1, []), (5, 8, 2, [2, 2, 1])],
+)
+def test_chunks_grow(count: int, first: int, most: int, sizes: list[int]) -> None:
+    slices = list(chunk_slices(count, first, most))
+    assert [part.stop - part.start for part in slices] == sizes
+    assert [part.start for part in slices] == [sum(sizes[:i]) for i in range(len(sizes))]

@@ -47,7 +47,7 @@ def test_a_wrong_option_is_no_missing_gpu() -> None:
 def test_what_it_needs_beside_torch_and_triton_is_little() -> None:
     """It runs beside an engine, in an environment that is not the scripts'."""
     code = (
-        "import sys; from flexkv_kernels.gpu_bench import checks, copier_check, measure, measure_ops\n"
+        "import sys; from flexkv_kernels.gpu_bench import checks, copier_check, measure, measure_layers, measure_ops\n"
         "print(*{name.split('.')[0] for name in sys.modules} & {'pydantic', 'rich', 'typer', 'yaml', 'psutil', 'vllm'})"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

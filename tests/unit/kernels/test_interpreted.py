@@ -47,6 +47,12 @@ def test_pieces_longer_than_a_tile_with_a_tail(interpreter: Interpreter) -> None
     assert not interpreter.differences(case)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layer_by_layer(interpreter: Interpreter, layout: str) -> None:
+    case = Case(Geometry(layout, "bf16", 4, 16, layers=3), seed=5, moved=3, gap=16, layerwise=True)
+    assert not interpreter.differences(case)
+
+
 @pytest.mark.parametrize("gap", [16, 8, 4])
 def test_checksum_on_the_way(interpreter: Interpreter, gap: int) -> None:
     case = Case(Geometry("pools", "bf16", 4, 33), seed=gap, moved=3, gap=gap, checksum=True)

@@ -93,9 +93,23 @@ def test_slots_are_seeded_with_their_keys(implementation):
             assert out[i] == twin.crc32c(keys[16 * i : 16 * i + 16] + image)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 5, 64])
+def test_threads_share_the_slots(implementation, threads):
+    count = 37
+    memory = np.random.default_rng(4).integers(0, 256, count * 500, np.uint8)
+    keys, slots = np.random.default_rng(5).bytes(16 * count), np.random.default_rng(6).permutation(count)
+    alone, shared = np.zeros(count, np.uint32), np.zeros(count, np.uint32)
+    implementation.crc32c_slots(memory.ctypes.data, 500, 0, 500, slots, keys, alone)
+    implementation.crc32c_slots(memory.ctypes.data, 500, 0, 500, slots, keys, shared, threads=threads)
+    assert (alone == shared).all()
+    assert len(set(shared.tolist())) == count
+
+
 @pytest.mark.parametrize(
     ("change", "error"),
     [
+        ({"threads": 0}, ValueError),
+        ({"threads": 65}, ValueError),
         ({"offset": -1}, ValueError),
         ({"length": -1}, ValueError),
         ({"offset": 1, "length": 64}, ValueError),
