@@ -45,7 +45,8 @@ def crc32c_slots(
     """out[i] = crc32c(the bytes at base_addr + slots[i] * slot_bytes + offset, of this length, seeded with crc32c(key_i)).
 
     slots: ids, shape [n], not negative. keys: 16 * n bytes. out: uint32, shape [n]. offset + length may not exceed slot_bytes.
-    threads: how many share the slots, the calling one included, at most 64; the others are made for the call and need no GIL.
+    threads: how many share the slots, the calling one included, at most 64; the others need no GIL, and sleep until the next
+    call. Of several calls at once only one has them.
     """
 
 def gather(

@@ -2,13 +2,11 @@
 #include "buffers.h"
 #include "functions.h"
 #include "kernels.h"
+#include "threads.h"
 
-#include <pthread.h>
-#include <signal.h>
 #include <stdatomic.h>
 
 #define KEY_BYTES 16
-#define CRC_THREADS_MAX 64
 
 PyObject *fk_crc32c(PyObject *self, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"data", "crc", NULL};
@@ -46,7 +44,7 @@ typedef struct {
     atomic_size_t next; /* the first slot that nobody has taken */
 } crc_work;
 
-static void *crc_slots(void *argument) {
+static void crc_slots(void *argument) {
     crc_work *work = argument;
     const slot_range *range = work->range;
     size_t i;
@@ -55,24 +53,6 @@ static void *crc_slots(void *argument) {
         uint32_t state = fk_active->crc(~0u, work->keys + KEY_BYTES * i, KEY_BYTES);
         work->out[i] = ~fk_active->crc(state, image, (size_t)range->length);
     }
-    return NULL;
-}
-
-/* The caller works as well; where no thread can be made, alone. The threads end before this returns, and take no signals: Python's
- * handlers belong to the process's own threads. */
-static void crc_slots_threads(crc_work *work, long threads) {
-    pthread_t helpers[CRC_THREADS_MAX];
-    long started = 0, wanted = (size_t)threads < work->n ? threads : (long)work->n;
-    sigset_t all, before;
-    sigfillset(&all);
-    if (wanted > 1 && pthread_sigmask(SIG_SETMASK, &all, &before) == 0) {
-        while (started < wanted - 1 && pthread_create(&helpers[started], NULL, crc_slots, work) == 0)
-            started++;
-        pthread_sigmask(SIG_SETMASK, &before, NULL);
-    }
-    crc_slots(work);
-    while (started > 0)
-        pthread_join(helpers[--started], NULL);
 }
 
 PyObject *fk_crc32c_slots(PyObject *self, PyObject *args, PyObject *kwargs) {
@@ -84,8 +64,8 @@ PyObject *fk_crc32c_slots(PyObject *self, PyObject *args, PyObject *kwargs) {
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "LnnnOOO|l", names, &range.base, &range.slot_bytes, &range.offset, &range.length,
                                      &slots_object, &keys_object, &out_object, &threads))
         return NULL;
-    if (threads < 1 || threads > CRC_THREADS_MAX)
-        return PyErr_Format(PyExc_ValueError, "threads is %ld, expected 1 to %d", threads, CRC_THREADS_MAX);
+    if (threads < 1 || threads > FK_THREADS_MAX)
+        return PyErr_Format(PyExc_ValueError, "threads is %ld, expected 1 to %d", threads, FK_THREADS_MAX);
     if (range.slot_bytes < 0 || range.offset < 0 || range.length < 0 || range.length > range.slot_bytes - range.offset)
         return PyErr_Format(PyExc_ValueError, "offset %zd and length %zd do not lie in a slot of %zd bytes", range.offset,
                             range.length, range.slot_bytes);
@@ -97,7 +77,7 @@ PyObject *fk_crc32c_slots(PyObject *self, PyObject *args, PyObject *kwargs) {
         fk_expect_length("out", out.length, slots.length) && (ids = fk_copy_ids(&slots, "slots", INT64_MAX))) {
         crc_work work = {&range, ids, keys.view.buf, out.view.buf, (size_t)slots.length, 0};
         FK_BEGIN_BULK(slots.length * range.length)
-        crc_slots_threads(&work, threads);
+        fk_share(crc_slots, &work, threads < slots.length ? threads : (long)slots.length);
         FK_END_BULK
         result = Py_NewRef(Py_None);
     }

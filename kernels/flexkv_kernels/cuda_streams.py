@@ -18,6 +18,10 @@ from flexkv_kernels.streams import ALL, Addresses, ImagePlace, Order, Stream
 _SPIN_S = 50e-6
 _SLEEP_S = 20e-6
 
+# Loads first: a request waits for them, nobody for a store. And each its own: a process has few hardware queues for the streams of one
+# priority, and in an engine with many streams a kernel and a DMA that share a queue run one after the other.
+_PRIORITY = {Stream.LOAD_KERNEL: -3, Stream.LOAD_DMA: -2, Stream.STORE_DMA: -1, Stream.STORE_KERNEL: 0}
+
 BUS_BYTES = 128 << 10
 """What a kernel keeps under way to fill the bus, no more: on an H200 (PCIe 5, 55 GB/s, 2026-11-27) this reached what 64 KiB in each of
 64 programs did, 0.82–0.87 of a DMA, and slowed a matrix product by 1–7 % where 64 programs of 8 KiB did by 27 %."""
@@ -49,13 +53,7 @@ class CudaStreams:
         self._access = choose_access(segments, image_alignment)
         self._table = SegmentTable.on(device, segments)
         self._programs = programs
-        # Loads first: a request waits for them, nobody for a store.
-        self._streams = {
-            stream: torch.cuda.Stream(
-                device, priority=-1 if stream in (Stream.LOAD_DMA, Stream.LOAD_KERNEL) else 0
-            )
-            for stream in Stream
-        }
+        self._streams = {stream: torch.cuda.Stream(device, _PRIORITY[stream]) for stream in Stream}
         torch.cuda.synchronize(device)  # the table has arrived before any stream reads it
 
     def mark(self) -> object:

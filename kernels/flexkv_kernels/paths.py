@@ -153,9 +153,12 @@ def merge_runs(images: Addresses, image_bytes: int, base: int, run_bytes: int) -
 
     No run crosses ``base`` plus a multiple of ``run_bytes``: host memory is pinned in pieces of that size, and one DMA stays in one.
     """
+    joined = np.diff(images) == image_bytes
+    if not joined.any():  # as a rule
+        return images, np.full(len(images), image_bytes, np.int64)
+    joined &= np.diff((images - base) // run_bytes) == 0
     first = np.ones(len(images), np.bool_)
-    np.not_equal(np.diff(images), image_bytes, out=first[1:])
-    first[1:] |= np.diff((images - base) // run_bytes) != 0
+    np.logical_not(joined, out=first[1:])
     starts = np.flatnonzero(first)
     counts = np.empty(len(starts), np.int64)
     counts[:-1] = starts[1:] - starts[:-1]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -162,3 +165,54 @@ def test_the_folding_constants_are_the_powers_they_claim_to_be():
         assert [(int(low, 16), int(high, 16)) for high, low in defined] == [
             folding_powers(bits) for bits in distances
         ]
+
+
+def test_a_forked_child_has_helpers_of_its_own():
+    """The parent's are not in it, though it may be forked while they work."""
+    code = """
+import os, threading, numpy as np
+from flexkv_core import native
+memory, slots, keys = np.ones(64 * 4096, np.uint8), np.arange(64), bytes(16 * 64)
+def sums(threads):
+    out = np.zeros(64, np.uint32)
+    native.crc32c_slots(memory.ctypes.data, 4096, 0, 4096, slots, keys, out, threads=threads)
+    return out.tolist()
+def threads_here():
+    return len(os.listdir('/proc/self/task'))
+alone, stop = sums(1), threading.Event()
+def work():
+    while not stop.is_set():
+        sums(4)
+thread = threading.Thread(target=work)
+thread.start()
+for _ in range(20):
+    child = os.fork()
+    if child == 0:
+        right = sums(4) == alone
+        os._exit(not right or (native.NATIVE and threads_here() != 4))
+    assert os.waitpid(child, 0)[1] == 0
+stop.set()
+thread.join()
+assert sums(4) == alone
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_calls_at_once_share_helpers_without_mixing_up(implementation):
+    count, size = 40, 20_000
+    memory = np.random.default_rng(7).integers(0, 256, count * size, np.uint8)
+    keys = np.random.default_rng(8).bytes(16 * count)
+    slots = np.arange(count)
+    alone = np.zeros(count, np.uint32)
+    implementation.crc32c_slots(memory.ctypes.data, size, 0, size, slots, keys, alone)
+
+    def repeat(_):
+        for _ in range(30 if implementation is not twin else 1):
+            out = np.zeros(count, np.uint32)
+            implementation.crc32c_slots(memory.ctypes.data, size, 0, size, slots, keys, out, threads=3)
+            if (out != alone).any():
+                return False
+        return True
+
+    with ThreadPoolExecutor(4) as callers:
+        assert all(callers.map(repeat, range(8)))
