@@ -117,6 +117,7 @@ class CudaCopier(StreamCopier):
 
     def close(self) -> None:
         """Unpin the slots; the host segment may be unmapped then. No copy may be running."""
+        super().close()
         if self._pinned is None:
             return
         pinned, self._pinned = self._pinned, None

@@ -7,9 +7,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 
 import numpy as np
 
@@ -56,6 +57,15 @@ class Chunk:
     images: Addresses
 
 
+@dataclass(frozen=True)
+class _Step:
+    """A chunk that was begun: ``event`` is after its last byte, or, with a buffer, after the first half of its way."""
+
+    chunk: Chunk
+    event: object
+    buffer: StagingBuffer | None = None
+
+
 @dataclass
 class Paths:
     """Queues chunks on a device's streams. ``host_runs`` limits how far one DMA may run: see :func:`merge_runs`."""
@@ -67,52 +77,72 @@ class Paths:
     host_base: int = 0
     host_run_bytes: int = field(default=1 << 62)
 
-    def store(self, mode: Mode, chunk: Chunk, after: object) -> object:
-        """Blocks -> images once ``after`` has passed; the event after which the bytes are there."""
+    def store(self, mode: Mode, chunks: Iterable[Chunk], after: object) -> Iterator[object]:
+        """Blocks -> images once ``after`` has passed; for each chunk, in order, the event after which its bytes are there."""
+        return _in_turn(partial(self._begin_store, mode, after), self._send, chunks)
+
+    def load(self, mode: Mode, chunks: Iterable[Chunk], after: object) -> Iterator[object]:
+        """Images -> blocks once ``after`` has passed; for each chunk, in order, the event after which its blocks may be read."""
+        return _in_turn(partial(self._begin_load, mode, after), partial(self._unpack, after), chunks)
+
+    def _begin_store(self, mode: Mode, after: object, chunk: Chunk) -> _Step:
         streams = self.streams
         if mode is Mode.DMA:
             streams.wait(Stream.STORE_DMA, after, Order.ENGINE_WROTE)
             pieces, images, sizes = self._pieces(chunk)
             streams.copy(Stream.STORE_DMA, pieces, images, sizes)
-            return streams.record(Stream.STORE_DMA)
+            return _Step(chunk, streams.record(Stream.STORE_DMA))
         streams.wait(Stream.STORE_KERNEL, after, Order.ENGINE_WROTE)
         if mode is Mode.DIRECT:
             streams.gather(Stream.STORE_KERNEL, chunk.blocks, chunk.images, ImagePlace.HOST)
-            return streams.record(Stream.STORE_KERNEL)
+            return _Step(chunk, streams.record(Stream.STORE_KERNEL))
         buffer = self.store_ring.take()
         if buffer.free is not None:
             streams.wait(Stream.STORE_KERNEL, buffer.free, Order.SENT)
-        streams.gather(Stream.STORE_KERNEL, chunk.blocks, self._staged(buffer, chunk), ImagePlace.STAGING)
-        streams.wait(Stream.STORE_DMA, streams.record(Stream.STORE_KERNEL), Order.GATHERED)
-        staged, images, sizes = self._runs(buffer, chunk)
+        staged = self._staged(buffer, chunk)
+        streams.gather(Stream.STORE_KERNEL, chunk.blocks, staged, ImagePlace.STAGING)
+        return _Step(chunk, streams.record(Stream.STORE_KERNEL), buffer)
+
+    def _send(self, step: _Step) -> object:
+        """The second half of a store: what was packed goes to host memory."""
+        if step.buffer is None:
+            return step.event
+        streams, buffer = self.streams, step.buffer
+        streams.wait(Stream.STORE_DMA, step.event, Order.GATHERED)
+        staged, images, sizes = self._runs(buffer, step.chunk)
         streams.copy(Stream.STORE_DMA, staged, images, sizes)
         buffer.free = streams.record(Stream.STORE_DMA)
         return buffer.free
 
-    def load(self, mode: Mode, chunk: Chunk, after: object) -> object:
-        """Images -> blocks once ``after`` has passed; the event after which the blocks may be read."""
+    def _begin_load(self, mode: Mode, after: object, chunk: Chunk) -> _Step:
         streams = self.streams
         if mode is Mode.DMA:
             streams.wait(Stream.LOAD_DMA, after, Order.ENGINE_READ)
             pieces, images, sizes = self._pieces(chunk)
             streams.copy(Stream.LOAD_DMA, images, pieces, sizes)
-            return streams.record(Stream.LOAD_DMA)
-        source, place = chunk.images, ImagePlace.HOST
-        buffer = None
-        if mode is Mode.STAGED:
-            buffer = self.load_ring.take()
-            if buffer.free is not None:
-                streams.wait(Stream.LOAD_DMA, buffer.free, Order.SCATTERED)
-            staged, images, sizes = self._runs(buffer, chunk)
-            streams.copy(Stream.LOAD_DMA, images, staged, sizes)
-            streams.wait(Stream.LOAD_KERNEL, streams.record(Stream.LOAD_DMA), Order.ARRIVED)
-            source, place = self._staged(buffer, chunk), ImagePlace.STAGING
+            return _Step(chunk, streams.record(Stream.LOAD_DMA))
+        if mode is Mode.DIRECT:
+            streams.wait(Stream.LOAD_KERNEL, after, Order.ENGINE_READ)
+            streams.scatter(Stream.LOAD_KERNEL, chunk.blocks, chunk.images, ImagePlace.HOST)
+            return _Step(chunk, streams.record(Stream.LOAD_KERNEL))
+        buffer = self.load_ring.take()
+        if buffer.free is not None:
+            streams.wait(Stream.LOAD_DMA, buffer.free, Order.SCATTERED)
+        staged, images, sizes = self._runs(buffer, chunk)
+        streams.copy(Stream.LOAD_DMA, images, staged, sizes)
+        return _Step(chunk, streams.record(Stream.LOAD_DMA), buffer)
+
+    def _unpack(self, after: object, step: _Step) -> object:
+        """The second half of a load: what arrived goes to the blocks."""
+        if step.buffer is None:
+            return step.event
+        streams, buffer = self.streams, step.buffer
+        streams.wait(Stream.LOAD_KERNEL, step.event, Order.ARRIVED)
         streams.wait(Stream.LOAD_KERNEL, after, Order.ENGINE_READ)
-        streams.scatter(Stream.LOAD_KERNEL, chunk.blocks, source, place)
-        done = streams.record(Stream.LOAD_KERNEL)
-        if buffer is not None:
-            buffer.free = done
-        return done
+        staged = self._staged(buffer, step.chunk)
+        streams.scatter(Stream.LOAD_KERNEL, step.chunk.blocks, staged, ImagePlace.STAGING)
+        buffer.free = streams.record(Stream.LOAD_KERNEL)
+        return buffer.free
 
     def load_layer(self, mode: Mode, chunk: Chunk, layer: int, after: object) -> object:
         """One layer's pieces of the images -> blocks once ``after`` has passed, behind the layers before; the event after which the
@@ -146,6 +176,22 @@ class Paths:
         block_bytes = self.segments.block_bytes
         images, sizes = merge_runs(chunk.images, block_bytes, self.host_base, self.host_run_bytes)
         return buffer.address + np.cumsum(sizes) - sizes, images, sizes
+
+
+def _in_turn(
+    begin: Callable[[Chunk], _Step], end: Callable[[_Step], object], chunks: Iterable[Chunk]
+) -> Iterator[object]:
+    """Begin each chunk before the one before it is ended. Streams may share a hardware queue, which runs what it holds in the order in
+    which it came: a second half that waits there would keep the next first half from starting, and the bus would idle meanwhile (0.5 to
+    0.75 of it was used, H200, 2026-11-27)."""
+    held = None
+    for chunk in chunks:
+        step = begin(chunk)
+        if held is not None:
+            yield end(held)
+        held = step
+    if held is not None:
+        yield end(held)
 
 
 def merge_runs(images: Addresses, image_bytes: int, base: int, run_bytes: int) -> tuple[Addresses, Addresses]:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +51,11 @@ CHUNKS_UNDER_WAY = 2 * BUFFERS
 """Of one store: the device has work left while the host takes checksums, and finished chunks wait for the host, not the device."""
 
 
+_Work = Callable[[TransferOp], npt.NDArray[np.bool_]]
+_Check = Callable[[], npt.NDArray[np.bool_]]
+_StartCheck = Callable[[_Work, TransferOp], _Check]
+
+
 @dataclass(frozen=True)
 class CopierSettings:
     """What may be chosen. ``chunk_bytes``: of a staging buffer; ``unstaged_chunk_bytes``: of a chunk that needs none. ``timeout_s``: for
@@ -85,6 +92,7 @@ class StreamCopier:
         self._streams = streams
         self._settings = settings
         self._broken = ""
+        self._checker = ThreadPoolExecutor(1, thread_name_prefix="flexkv-checksum")
 
     def use(self, host: HostSegment, shard: int, paths: Paths, modes: ModeTable) -> None:
         """Copy between the device and ``host``'s slots from now on.
@@ -104,7 +112,8 @@ class StreamCopier:
         self._chunk_slots[Mode.STAGED] = max(1, paths.store_ring.buffers[0].size_bytes // shard_bytes)
 
     def close(self) -> None:
-        """Nothing was taken here."""
+        """End the thread of the checksums."""
+        self._checker.shutdown()
 
     def mark(self) -> object:
         """An event on the calling thread's stream."""
@@ -112,42 +121,52 @@ class StreamCopier:
 
     def gather(self, op: TransferOp, after: object) -> None:
         """Blocks -> slots and their checksums, chunk by chunk; see the protocol."""
-        self._refuse_if_broken()
+        self._refuse_what_cannot_be(op)
         mode = self._modes.choose(Direction.STORE, self._op_bytes(op))
+        parts = self._parts(op, mode)
+        chunks = (self._chunk(part) for part in parts)
         under_way: deque[tuple[TransferOp, object]] = deque()
-        with self._settled():
-            for part in self._chunks(op, mode):
-                under_way.append((part, self._paths.store(mode, self._chunk(part), after)))
+        taken: list[_Check] = []
+        with self._settled(), self._checks(parts) as start:
+            for part, event in zip(parts, self._paths.store(mode, chunks, after), strict=True):
+                under_way.append((part, event))
                 if len(under_way) >= CHUNKS_UNDER_WAY:
-                    self._finish_store(*under_way.popleft())
+                    taken.append(self._finish_store(*under_way.popleft(), start))
             while under_way:
-                self._finish_store(*under_way.popleft())
+                taken.append(self._finish_store(*under_way.popleft(), start))
+            for check in taken:
+                check()
 
     def scatter(self, op: TransferOp, after: object, verify: bool) -> npt.NDArray[np.bool_]:
         """Slots -> blocks, each slot checked in host memory before it is sent; see the protocol."""
-        self._refuse_if_broken()
-        with self._settled():
-            return self._scatter(op, after, verify)
-
-    def _scatter(self, op: TransferOp, after: object, verify: bool) -> npt.NDArray[np.bool_]:
+        self._refuse_what_cannot_be(op)
         mode = self._modes.choose(Direction.LOAD, self._op_bytes(op))
-        ok, done, start = np.ones(len(op.slots), np.bool_), None, 0
-        for part in self._chunks(op, mode):
-            here = slice(start, start + len(part.slots))
-            if verify:
-                ok[here] = self._host.matches(part.slots, part.keys, self._shard)
-            chunk = self._chunk(part, ok[here])
+        parts = self._parts(op, mode)
+        oks: list[npt.NDArray[np.bool_]] = []
+        with self._settled(), self._checks(parts) as start:
+            checks = [start(self._matches, part) if verify else partial(_unchecked, part) for part in parts]
+            done = None
+            for done in self._paths.load(mode, self._whole_chunks(parts, checks, oks), after):
+                pass
+            if done is not None:
+                # Chunks of one op take one mode, and their last step runs on one stream: the last event is after all.
+                self._finish(done, Order.LOADED)
+        return np.concatenate(oks)
+
+    def _whole_chunks(
+        self, parts: Sequence[TransferOp], checks: Sequence[_Check], oks: list[npt.NDArray[np.bool_]]
+    ) -> Iterator[Chunk]:
+        """The chunks of ``parts`` without what did not pass its check; ``oks`` gets the outcome of each."""
+        for part, check in zip(parts, checks, strict=True):
+            ok = check()
+            oks.append(ok)
+            chunk = self._chunk(part, ok)
             if len(chunk.blocks):
-                done = self._paths.load(mode, chunk, after)
-            start = here.stop
-        if done is not None:
-            # Chunks of one op take one mode, and their last step runs on one stream: the last event is after all.
-            self._finish(done, Order.LOADED)
-        return ok
+                yield chunk
 
     def scatter_layers(self, op: TransferOp, after: object, on_layer: Callable[[object], None]) -> None:
         """Slots -> blocks, layer by layer; an event a layer; see the protocol."""
-        self._refuse_if_broken()
+        self._refuse_what_cannot_be(op)
         chunk, done = self._chunk(op), None
         mode = self._modes.choose_for_layers(self._op_bytes(op) // self.segments.layer_count)
         with self._settled():
@@ -163,18 +182,36 @@ class StreamCopier:
         if layer is not None:
             self._streams.follow(layer, Order.LAYER_LOADED)
 
-    def _chunks(self, op: TransferOp, mode: Mode) -> Iterator[TransferOp]:
-        for part in chunk_slices(len(op.slots), self._first_slots, self._chunk_slots[mode]):
-            yield op.part(np.arange(part.start, part.stop))
+    def _parts(self, op: TransferOp, mode: Mode) -> list[TransferOp]:
+        slices = chunk_slices(len(op.slots), self._first_slots, self._chunk_slots[mode])
+        return [op.part(np.arange(part.start, part.stop)) for part in slices]
+
+    @contextmanager
+    def _checks(self, parts: Sequence[TransferOp]) -> Iterator[_StartCheck]:
+        """What starts passes over the bytes of ``parts`` on a thread beside this one, one after another, and gives what waits for a pass's
+        outcome; none runs on when this ends. A lone part is not worth the other thread: its pass runs when the outcome is asked for."""
+        futures: list[Future[npt.NDArray[np.bool_]]] = []
+
+        def start(work: _Work, part: TransferOp) -> _Check:
+            if len(parts) == 1:
+                return partial(work, part)
+            futures.append(self._checker.submit(work, part))
+            return futures[-1].result
+
+        try:
+            yield start
+        finally:
+            for future in futures:
+                future.cancel()
+            wait(futures)
+
+    def _matches(self, part: TransferOp) -> npt.NDArray[np.bool_]:
+        return self._host.matches(part.slots, part.keys, self._shard)
 
     def _chunk(self, op: TransferOp, wanted: npt.NDArray[np.bool_] | None = None) -> Chunk:
         """Every device block with the address of its image in its slot; left out where negative or its slot is not ``wanted``."""
-        layout, count = self._host.layout, self._host.slot_count
+        layout = self._host.layout
         blocks = op.blocks.reshape(len(op.slots), -1)
-        if (op.slots < 0).any() or (op.slots >= count).any() or (blocks >= self.segments.block_count).any():
-            raise TransferError(
-                f"op {op.op_id}: a slot or block does not exist ({count} slots, {self.segments.block_count} blocks)"
-            )
         shards = self._host.address + op.slots.astype(np.int64) * layout.slot_bytes
         shards += self._shard * layout.shard_bytes
         places = np.arange(blocks.shape[1], dtype=np.int64) * layout.device_block_bytes
@@ -183,10 +220,15 @@ class StreamCopier:
             keep &= wanted[:, None]
         return Chunk(blocks[keep].astype(np.int64), (shards[:, None] + places)[keep])
 
-    def _finish_store(self, op: TransferOp, event: object) -> None:
+    def _finish_store(self, part: TransferOp, event: object, start: _StartCheck) -> _Check:
         self._finish(event, Order.STORED)
-        found = self._host.checksums_now(op.slots, op.keys, self._shard)
-        self._host.checksums[op.slots, self._shard] = found
+        return start(self._take_checksums, part)
+
+    def _take_checksums(self, part: TransferOp) -> npt.NDArray[np.bool_]:
+        """Of this rank's shard of each slot, as it is in host memory now."""
+        found = self._host.checksums_now(part.slots, part.keys, self._shard)
+        self._host.checksums[part.slots, self._shard] = found
+        return np.ones(len(part.slots), np.bool_)
 
     @contextmanager
     def _settled(self) -> Iterator[None]:
@@ -207,12 +249,21 @@ class StreamCopier:
             self._broken = str(error)
             raise
 
-    def _refuse_if_broken(self) -> None:
+    def _refuse_what_cannot_be(self, op: TransferOp) -> None:
         if self._broken:
             raise TransferError(f"the device's copies stopped: {self._broken}")
+        slots, blocks = self._host.slot_count, self.segments.block_count
+        if (op.slots < 0).any() or (op.slots >= slots).any() or (op.blocks >= blocks).any():
+            raise TransferError(
+                f"op {op.op_id}: a slot or block does not exist ({slots} slots, {blocks} blocks)"
+            )
 
     def _op_bytes(self, op: TransferOp) -> int:
         return len(op.blocks) * self.segments.block_bytes
+
+
+def _unchecked(part: TransferOp) -> npt.NDArray[np.bool_]:
+    return np.ones(len(part.slots), np.bool_)
 
 
 def staging_rings(address: int, buffer_bytes: int, buffers: int) -> tuple[StagingRing, StagingRing]:

@@ -20,6 +20,7 @@ from flexkv_kernels.gpu_calibration import Scratch
 from flexkv_kernels.stream_copier import PROGRAMS_DEFAULT
 
 TOKENS = 16
+SLOT_BYTES_MAX = 4 << 20  # of a block of 16 tokens of a large model
 
 
 def op_figures(rounds: int, size_bytes: int) -> Figures:
@@ -27,7 +28,8 @@ def op_figures(rounds: int, size_bytes: int) -> Figures:
     calibration chose, and what binding took."""
     figures: Figures = {}
     for name, piece_bytes in PIECES.items():
-        scratch = Scratch(piece_bytes, SEGMENTS, size_bytes, torch.device("cuda"), PROGRAMS_DEFAULT)
+        segments = min(SEGMENTS, SLOT_BYTES_MAX // piece_bytes)
+        scratch = Scratch(piece_bytes, segments, size_bytes, torch.device("cuda"), PROGRAMS_DEFAULT)
         scratch.fill()
         ops = _Ops(scratch)
         try:

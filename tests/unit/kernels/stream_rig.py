@@ -67,4 +67,5 @@ class StreamRig:
 
     def close(self) -> None:
         self.streams.drain()
+        self.copier.close()
         self.host.close()

@@ -161,8 +161,9 @@ def test_copiers_agree_on_what_a_slot_holds(mode: Mode) -> None:
 def test_places_that_do_not_exist_are_refused(slots: list[int], blocks: list[int]) -> None:
     rig = StreamRig(0, Mode.DMA, shape=SHAPE)
     op = TransferOp(3, Direction.STORE, bytes(16), np.array(slots, np.int32), np.array(blocks))
-    with pytest.raises(TransferError, match="does not exist"):
-        rig.copier.gather(op, rig.copier.mark())
+    for copy in (rig.copier.gather, partial(rig.copier.scatter, verify=True)):
+        with pytest.raises(TransferError, match="does not exist"):
+            copy(op, rig.copier.mark())
     rig.close()
 
 

@@ -167,6 +167,17 @@ def test_the_folding_constants_are_the_powers_they_claim_to_be():
         ]
 
 
+@pytest.mark.parametrize("length", [0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, (3 << 20) + 12345, 4 << 20])
+def test_threads_share_a_slot_too(implementation, length):
+    size = 4 << 20
+    memory = np.random.default_rng(9).integers(0, 256, 2 * size, np.uint8)
+    keys, slots = np.random.default_rng(10).bytes(32), np.array([1, 0])
+    alone, shared = np.zeros(2, np.uint32), np.zeros(2, np.uint32)
+    implementation.crc32c_slots(memory.ctypes.data, size, 0, length, slots, keys, alone)
+    implementation.crc32c_slots(memory.ctypes.data, size, 0, length, slots, keys, shared, threads=3)
+    assert (alone == shared).all()
+
+
 def test_a_forked_child_has_helpers_of_its_own():
     """The parent's are not in it, though it may be forked while they work."""
     code = """
