@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -54,6 +56,7 @@ class CudaStreams:
         self._table = SegmentTable.on(device, segments)
         self._programs = programs
         self._streams = {stream: torch.cuda.Stream(device, _PRIORITY[stream]) for stream in Stream}
+        self._uploaded: dict[Stream, tuple[Addresses, Addresses, torch.Tensor, torch.Tensor]] = {}
         torch.cuda.synchronize(device)  # the table has arrived before any stream reads it
 
     def mark(self) -> object:
@@ -93,39 +96,42 @@ class CudaStreams:
 
     def gather(self, stream: Stream, blocks: Addresses, images: Addresses, place: ImagePlace) -> None:
         """See the protocol."""
-        self._launch(gather, stream, blocks, images, place, self._table)
+        with self._on(stream):
+            lists = self._upload(stream, blocks, images)
+            gather(self._table, *lists, self._access, self._programs_for(place))
 
     def scatter(
         self, stream: Stream, blocks: Addresses, images: Addresses, place: ImagePlace, run: slice = ALL
     ) -> None:
         """See the protocol."""
-        table = self._table if run == ALL else self._table.part(run)
-        if run != ALL:
-            images = images + run.start * self._table.piece_bytes
-        self._launch(scatter, stream, blocks, images, place, table)
+        with self._on(stream):
+            lists = self._upload(stream, blocks, images)
+            scatter(self._table, *lists, self._access, self._programs_for(place), run=run)
 
     def copy(self, stream: Stream, sources: Addresses, targets: Addresses, sizes: Addresses) -> None:
         """See the protocol; in one call of the driver where it can."""
         with torch.cuda.device(self._device):
             self.driver.copy(sources, targets, sizes, self._streams[stream].cuda_stream)
 
-    def _launch(  # type: ignore[no-untyped-def]
-        self,
-        kernel,
-        stream: Stream,
-        blocks: Addresses,
-        images: Addresses,
-        place: ImagePlace,
-        table: SegmentTable,
-    ) -> None:
+    @contextmanager
+    def _on(self, stream: Stream) -> Iterator[None]:
         try:
             with torch.cuda.stream(self._streams[stream]):
-                # Both lists in one upload; the pinned source is torch's to keep until the copy is done.
-                lists = torch.from_numpy(np.stack([blocks, images])).pin_memory()
-                lists = lists.to(self._device, non_blocking=True)
-                kernel(table, lists[0], lists[1], self._access, self._programs_for(place))
+                yield
         except RuntimeError as error:
             raise TransferError(f"CUDA: {error}") from error
+
+    def _upload(
+        self, stream: Stream, blocks: Addresses, images: Addresses
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both lists on the device. The same two arrays again, as for each layer of a load, need no second upload."""
+        last = self._uploaded.get(stream)
+        if last is not None and last[0] is blocks and last[1] is images:
+            return last[2], last[3]
+        # The pinned source is torch's to keep until the copy is done.
+        lists = torch.from_numpy(np.stack([blocks, images])).pin_memory().to(self._device, non_blocking=True)
+        self._uploaded[stream] = (blocks, images, lists[0], lists[1])
+        return lists[0], lists[1]
 
     def _programs_for(self, place: ImagePlace) -> int:
         if place is ImagePlace.STAGING:

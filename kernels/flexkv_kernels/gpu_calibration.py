@@ -92,12 +92,10 @@ class Scratch:
     def move(self, direction: Direction, mode: Mode, blocks: np.ndarray, images: np.ndarray) -> None:
         """Copy ``blocks`` to or from ``images`` chunk by chunk, and wait for the end."""
         move = self.paths.store if direction is Direction.STORE else self.paths.load
-        first, done = FIRST_CHUNK_BYTES // self.block_bytes, None
+        first = FIRST_CHUNK_BYTES // self.block_bytes
         chunks = (
             Chunk(blocks[part], images[part])
             for part in chunk_slices(len(blocks), first, self.chunk_blocks[mode])
         )
-        for done in move(mode, chunks, self.streams.mark()):
-            pass
-        if done is not None:
-            self.streams.finish(done, _TIMEOUT_S, Order.STORED)
+        events = list(move(mode, chunks, self.streams.mark()))
+        self.streams.finish(events[-1], _TIMEOUT_S, Order.STORED)

@@ -25,7 +25,7 @@ WORK_ITEMS_MAX = 1 << 31
 
 # Nothing is specialised on values or on the tables' alignment: a copy of an odd number of blocks must not compile anew while serving.
 @triton.jit(
-    do_not_specialize=["block_count", "segment_count", "piece_bytes"],
+    do_not_specialize=["block_count", "segment_start", "segment_count", "piece_bytes"],
     do_not_specialize_on_alignment=[
         "segment_addresses",
         "segment_strides",
@@ -41,6 +41,7 @@ def paged_copy_kernel(  # type: ignore[no-untyped-def]
     images,
     checksums,
     block_count,
+    segment_start,
     segment_count,
     piece_bytes,
     TO_IMAGES: tl.constexpr,
@@ -50,7 +51,7 @@ def paged_copy_kernel(  # type: ignore[no-untyped-def]
 ):
     """Copies ``block_count`` blocks, grid-stride over (block, segment, tile); the grid's size limits how many run.
 
-    segment_addresses, segment_strides: int64 [segment_count]. blocks: int64 [block_count], negative: left out. images: int64
+    segment_addresses, segment_strides: int64 [segments]; ``segment_count`` of them from ``segment_start`` on are copied. blocks: int64 [block_count], negative: left out. images: int64
     [block_count], address of each block's image. checksums: int64 [block_count], zeroed before, with CHECKSUM. TO_IMAGES: gather,
     otherwise scatter. VECTOR_BYTES must divide every address, stride and piece_bytes.
     """
@@ -65,7 +66,7 @@ def paged_copy_kernel(  # type: ignore[no-untyped-def]
         row = item // tiles
         tile = item - row * tiles
         place = row // segment_count
-        segment = row - place * segment_count
+        segment = segment_start + row - place * segment_count
         block = tl.load(blocks + place)
         if block >= 0:
             within = tile.to(tl.int64) * TILE_BYTES
@@ -109,11 +110,6 @@ class SegmentTable:
             segments.block_bytes,
         )
 
-    def part(self, run: slice) -> SegmentTable:
-        """The segments of ``run`` alone: images are then those of their pieces, one after another."""
-        addresses = self.addresses[run]
-        return SegmentTable(addresses, self.strides[run], self.piece_bytes, len(addresses) * self.piece_bytes)
-
 
 def gather(
     table: SegmentTable,
@@ -143,9 +139,14 @@ def scatter(
     access: Access,
     programs: int,
     checksums: torch.Tensor | None = None,
+    run: slice | None = None,
 ) -> None:
-    """Images -> blocks, on the current stream; arguments as in :func:`gather`. No block may be named twice."""
-    _launch(table, blocks, images, access, programs, checksums, to_images=False)
+    """Images -> blocks, on the current stream; arguments as in :func:`gather`. No block may be named twice.
+
+    ``run``: neighbouring segments, which alone are copied, from their places in the images; without checksums.
+    """
+    assert run is None or checksums is None, "a checksum is of a whole image"
+    _launch(table, blocks, images, access, programs, checksums, to_images=False, run=run)
 
 
 def _launch(
@@ -157,46 +158,31 @@ def _launch(
     checksums: torch.Tensor | None,
     *,
     to_images: bool,
+    run: slice | None = None,
 ) -> None:
     assert len(blocks) == len(images), (len(blocks), len(images))
     assert access.checksum == (checksums is not None), "a checksum needs the variant that takes it"
-    items_per_block = len(table.addresses) * -(-table.piece_bytes // access.tile_bytes)
+    start, stop, _ = (run or slice(None)).indices(len(table.addresses))
+    items_per_block = (stop - start) * -(-table.piece_bytes // access.tile_bytes)
     step = max(1, (WORK_ITEMS_MAX - 1) // items_per_block)
-    for start in range(0, len(blocks), step):
+    for at in range(0, len(blocks), step):
         # A slice of a tensor costs the host 3 µs, so the usual call makes none.
-        part = slice(start, start + step) if len(blocks) > step else None
-        _launch_part(
-            table,
-            blocks if part is None else blocks[part],
+        part = slice(at, at + step) if len(blocks) > step else None
+        some = blocks if part is None else blocks[part]
+        sums = checksums if part is None or checksums is None else checksums[part]
+        paged_copy_kernel[(min(programs, len(some) * items_per_block),)](
+            table.addresses,
+            table.strides,
+            some,
             images if part is None else images[part],
-            checksums if part is None or checksums is None else checksums[part],
-            access,
-            min(programs, min(step, len(blocks) - start) * items_per_block),
-            to_images,
+            some if sums is None else sums,
+            len(some),
+            start,
+            stop - start,
+            table.piece_bytes,
+            TO_IMAGES=to_images,
+            VECTOR_BYTES=access.vector_bytes,
+            TILE_BYTES=access.tile_bytes,
+            CHECKSUM=access.checksum,
+            num_warps=WARPS,
         )
-
-
-def _launch_part(
-    table: SegmentTable,
-    blocks: torch.Tensor,
-    images: torch.Tensor,
-    checksums: torch.Tensor | None,
-    access: Access,
-    programs: int,
-    to_images: bool,
-) -> None:
-    paged_copy_kernel[(programs,)](
-        table.addresses,
-        table.strides,
-        blocks,
-        images,
-        blocks if checksums is None else checksums,
-        len(blocks),
-        len(table.addresses),
-        table.piece_bytes,
-        TO_IMAGES=to_images,
-        VECTOR_BYTES=access.vector_bytes,
-        TILE_BYTES=access.tile_bytes,
-        CHECKSUM=access.checksum,
-        num_warps=WARPS,
-    )

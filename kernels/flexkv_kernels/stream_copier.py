@@ -145,12 +145,10 @@ class StreamCopier:
         oks: list[npt.NDArray[np.bool_]] = []
         with self._settled(), self._checks(parts) as start:
             checks = [start(self._matches, part) if verify else partial(_unchecked, part) for part in parts]
-            done = None
-            for done in self._paths.load(mode, self._whole_chunks(parts, checks, oks), after):
-                pass
-            if done is not None:
+            events = list(self._paths.load(mode, self._whole_chunks(parts, checks, oks), after))
+            if events:
                 # Chunks of one op take one mode, and their last step runs on one stream: the last event is after all.
-                self._finish(done, Order.LOADED)
+                self._finish(events[-1], Order.LOADED)
         return np.concatenate(oks)
 
     def _whole_chunks(
@@ -167,15 +165,18 @@ class StreamCopier:
     def scatter_layers(self, op: TransferOp, after: object, on_layer: Callable[[object], None]) -> None:
         """Slots -> blocks, layer by layer; an event a layer; see the protocol."""
         self._refuse_what_cannot_be(op)
-        chunk, done = self._chunk(op), None
+        chunk = self._chunk(op)
         mode = self._modes.choose_for_layers(self._op_bytes(op) // self.segments.layer_count)
         with self._settled():
-            for layer in range(self.segments.layer_count):
-                if len(chunk.blocks):
-                    done = self._paths.load_layer(mode, chunk, layer, after)
-                on_layer(done)
-            if done is not None:
-                self._finish(done, Order.LOADED)
+            # All are queued before the first is announced: who reads it takes the interpreter, and may keep it for milliseconds.
+            layers = [
+                self._paths.load_layer(mode, chunk, layer, after) if len(chunk.blocks) else None
+                for layer in range(self.segments.layer_count)
+            ]
+            for layer in layers:
+                on_layer(layer)
+            if len(chunk.blocks):
+                self._finish(layers[-1], Order.LOADED)
 
     def follow(self, layer: object) -> None:
         """The calling thread's stream waits for a layer's event."""

@@ -93,8 +93,7 @@ class _Run:
             return
         for layer in range(self.segments.layer_count):
             for run in self.segments.runs_of(layer):
-                within = images + run.start * self.segments.piece_bytes
-                kernel(table.part(run), self.named, within, access, self.case.programs)
+                kernel(table, self.named, images, access, self.case.programs, run=run)
 
     def _sums(self) -> torch.Tensor | None:
         if not self.case.checksum:

@@ -31,6 +31,7 @@ _SIGNATURE = {
     "images": "*i64",
     "checksums": "*i64",
     "block_count": "i32",
+    "segment_start": "i32",
     "segment_count": "i32",
     "piece_bytes": "i32",
 }
