@@ -32,6 +32,9 @@ PROGRAMS_MIN = 16
 PROGRAMS_STAGING = 64
 """Within device memory: several times as fast as the bus, which is enough."""
 
+PROGRAMS_LAYER = 64
+"""For one layer of a load, which the engine waits for while it computes the layers before."""
+
 
 class CudaStreams:
     """Implements :class:`~flexkv_kernels.streams.Streams` on one NVIDIA GPU.
@@ -106,7 +109,8 @@ class CudaStreams:
         """See the protocol."""
         with self._on(stream):
             lists = self._upload(stream, blocks, images)
-            scatter(self._table, *lists, self._access, self._programs_for(place), run=run)
+            programs = self._programs_for(place) if run == ALL else min(self._programs, PROGRAMS_LAYER)
+            scatter(self._table, *lists, self._access, programs, run=run)
 
     def copy(self, stream: Stream, sources: Addresses, targets: Addresses, sizes: Addresses) -> None:
         """See the protocol; in one call of the driver where it can."""
