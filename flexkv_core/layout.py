@@ -125,10 +125,10 @@ class DeviceSegments:
         """Layers that a load layer by layer has."""
         return 1 if self.layers is None else int(self.layers.max()) + 1
 
-    def runs_of(self, layer: int) -> list[slice]:
-        """The segments of a layer, as few runs of neighbours, which lie side by side in a slot as well."""
+    def runs_of(self, layer: int, count: int = 1) -> list[slice]:
+        """The segments of ``count`` layers from ``layer`` on, as few runs of neighbours, which lie side by side in a slot as well."""
         if self.layers is None:
             return [slice(0, len(self.addresses))]
-        indices = np.flatnonzero(self.layers == layer)
+        indices = np.flatnonzero((self.layers >= layer) & (self.layers < layer + count))
         parts = np.split(indices, np.flatnonzero(np.diff(indices) != 1) + 1)
         return [slice(int(part[0]), int(part[-1]) + 1) for part in parts]

@@ -144,13 +144,13 @@ class Paths:
         buffer.free = streams.record(Stream.LOAD_KERNEL)
         return buffer.free
 
-    def load_layer(self, mode: Mode, chunk: Chunk, layer: int, after: object) -> object:
-        """One layer's pieces of the images -> blocks once ``after`` has passed, behind the layers before; the event after which the
-        layer may be read. STAGED has no gain here: a layer's pieces are apart in the images."""
+    def load_layers(self, mode: Mode, chunk: Chunk, layers: range, after: object) -> object:
+        """The pieces of some layers -> blocks once ``after`` has passed, behind the layers before; the event after which these layers
+        may be read. STAGED has no gain here: a layer's pieces are apart in the images."""
         assert mode is not Mode.STAGED, mode
         streams, stream = self.streams, Stream.LOAD_DMA if mode is Mode.DMA else Stream.LOAD_KERNEL
         streams.wait(stream, after, Order.ENGINE_READ)
-        for run in self.segments.runs_of(layer):
+        for run in self.segments.runs_of(layers.start, len(layers)):
             if mode is Mode.DMA:
                 pieces, images, sizes = self._pieces(chunk, run)
                 streams.copy(stream, images, pieces, sizes)

@@ -24,15 +24,16 @@ CHUNK_BLOCKS = 2
 
 @dataclass(frozen=True)
 class Shape:
-    """Of the slots: device blocks a slot, ranks, and this rank."""
+    """Of the slots: device blocks a slot, ranks, and this rank; of the model: layers."""
 
     blocks_per_slot: int = 1
     shards: int = 1
     shard: int = 0
+    layers: int = 2
 
 
 class StreamRig:
-    """``tensors`` are the device's memory: two layers, K and V apart."""
+    """``tensors`` are the device's memory: a layer each, K and V apart."""
 
     def __init__(
         self, seed: int, mode: Mode, removed: frozenset[Order] = frozenset(), shape: Shape | None = None
@@ -41,7 +42,7 @@ class StreamRig:
         generator = torch.Generator().manual_seed(seed)
         self.tensors = [
             torch.randint(0, 256, (2, BLOCKS, TOKENS, 8), dtype=torch.uint8, generator=generator)
-            for _ in range(2)
+            for _ in range(shape.layers)
         ]
         segments = pieces_of(self.tensors, block_dim=1)
         self.streams = Adversary(segments, seed, removed)

@@ -212,3 +212,24 @@ def test_slots_of_another_size_are_refused() -> None:
         rig.copier.use(host, 0, rig.copier._paths, rig.copier._modes)
     host.close()
     rig.close()
+
+
+@pytest.mark.parametrize(
+    ("layers", "size_bytes", "sizes"),
+    [
+        (2, 1, [1, 1]),
+        (8, 1, [2, 2, 2, 2]),
+        (30, 1, [7, 7, 7, 7, 2]),
+        (32, 500 << 20, [8] * 4),
+        (32, 4 << 30, [1] * 32),
+        (32, 1 << 40, [1] * 32),
+    ],
+)
+def test_layers_are_queued_together_while_they_are_small(
+    layers: int, size_bytes: int, sizes: list[int]
+) -> None:
+    rig = StreamRig(0, Mode.DMA, shape=Shape(layers=layers))
+    groups = rig.copier._layer_groups(size_bytes)
+    assert [len(group) for group in groups] == sizes
+    assert [layer for group in groups for layer in group] == list(range(layers))
+    rig.close()

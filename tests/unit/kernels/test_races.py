@@ -10,7 +10,7 @@ from flexkv_core.transfer.plan import Delivery, TransferOp
 from flexkv_core.types import Direction
 from flexkv_kernels.paths import Mode
 from flexkv_kernels.streams import Order
-from tests.unit.kernels.stream_rig import BLOCKS, StreamRig
+from tests.unit.kernels.stream_rig import BLOCKS, Shape, StreamRig
 
 SEEDS = 60
 HALF = BLOCKS // 2  # 8 chunks: more than are under way at once, and more than there are staging buffers
@@ -61,7 +61,7 @@ def _tell(rig: StreamRig, rng: np.random.Generator) -> list[str]:
 def layered_story(seed: int, mode: Mode, removed: frozenset[Order] = frozenset()) -> list[str]:
     """The engine still has to read blocks that a load overwrites layer by layer; it reads each layer as soon as it is announced, on its
     own stream, and waits for nothing on the host; what went wrong."""
-    rig = StreamRig(seed, mode, removed)
+    rig = StreamRig(seed, mode, removed, Shape(layers=8))  # in four groups
     try:
         return _tell_layered(rig, np.random.default_rng(seed))
     finally:
