@@ -226,6 +226,28 @@ def test_bad_settings_are_refused(make: MakeTree, settings: dict[str, object], w
         make(page_size=16, **settings)
 
 
+def test_events_tell_what_is_where(make: MakeTree) -> None:
+    """Replayed, they give what the host tier holds."""
+    tree = make(page_size=16, tokens=1024, host_bytes=(2 << 20) + 16 * 4096)
+    held: set[int] = set()
+    for number in range(4):
+        tokens = prompt(40 + number, 161)
+        store(tree, tokens, "tenant")
+        for event in tree.cache.take_events():
+            if getattr(event, "medium", "GPU") == "GPU":  # SGLang's own
+                continue
+            assert event.medium == "CPU_PINNED"
+            if type(event).__name__ == "BlockRemoved":
+                assert held.issuperset(event.block_hashes)
+                held.difference_update(event.block_hashes)
+            else:
+                assert event.token_ids == tokens[:160]
+                assert event.cache_salt == "tenant"
+                held.update(event.block_hashes)
+    assert len(held) == tree.linker.side.manager.usage()[0]
+    assert tree.linker.side.manager.counters().evicted_blocks
+
+
 @pytest.mark.parametrize(
     ("change", "word"),
     [

@@ -55,6 +55,7 @@ class Pools:
             token_to_kv_pool_allocator=self.allocator,
             page_size=page_size,
             tree_components=(ComponentType.FULL,),
+            enable_kv_cache_events=True,
         )
 
 

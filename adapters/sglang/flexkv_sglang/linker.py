@@ -26,12 +26,14 @@ from flexkv_kernels import copier_over
 from flexkv_sglang.compat import hooks
 from flexkv_sglang.compat.engine import engine_of
 from flexkv_sglang.compat.request import is_cacheable, view_of
+from flexkv_sglang.events import EventLog
 from flexkv_sglang.layout import check_supported, device_segments
 from flexkv_sglang.scheduler_side import Held, SchedulerSide
 from flexkv_sglang.shares import config_of_rank, model_config
 from flexkv_sglang.stats import PromMetrics
 
 if TYPE_CHECKING:
+    from sglang.srt.disaggregation.kv_events import KVCacheEvent
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.mem_cache.base_prefix_cache import MatchResult
     from sglang.srt.mem_cache.cache_init_params import CacheInitParams
@@ -75,18 +77,22 @@ class FlexKVLinker(UnifiedCacheLinker):
         self.side: SchedulerSide | None = None
         self.metrics: PromMetrics | None = None
         self._enable_metrics = params.enable_metrics
+        # One rank publishes for all of them.
+        self._enable_events = params.enable_kv_cache_events and config.events and not self._engine.tp_rank
 
     def attach(self, wrapper: FlexKVLinkerWrapper) -> SchedulerSide:
         """Take the host tier, now that the ranks can be asked."""
         engine, config = self._engine, self._config
         pool_device = torch.device(engine.pool.device)
         copier = copier_over(device_segments(engine), pool_device, engine.pool)
+        model = model_config(engine, config)
         self.side = SchedulerSide(
-            model_config(engine, config),
+            model,
             config,
             copier,
             wrapper.agree,
             is_alone=engine.tp_size == 1,
+            events=EventLog(model.layout.tokens_per_block) if self._enable_events else None,
             behind_forward=partial(_on_stream, pool_device, self.forward_stream),
         )
         if self._enable_metrics:
@@ -218,6 +224,10 @@ class FlexKVLinkerWrapper(UnifiedCacheLinkerWrapper):
     def released(self, req: Req) -> None:
         """The request has given up its slots: it has ended, or was retracted."""
         self._side.forget(req.rid)
+
+    def take_events(self) -> list[KVCacheEvent]:
+        """KV events of FlexKV's tiers."""
+        return self._side.take_events()
 
     def weights_change(self) -> None:
         """The engine is about to take other weights."""

@@ -15,6 +15,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import numpy as np
@@ -28,6 +29,11 @@ from flexkv_core.prefetch import Prefetcher
 from flexkv_core.tasks import KVResponseStatus, TaskDone
 from flexkv_core.transfer.engine import TransferEngine
 from flexkv_core.transfer.plan import DeviceCopier
+from flexkv_core.types import KEY_BYTES
+from flexkv_sglang.events import EventLog
+
+if TYPE_CHECKING:
+    from sglang.srt.disaggregation.kv_events import KVCacheEvent
 
 logger = logging.getLogger(__name__)
 
@@ -48,12 +54,13 @@ class RequestView:
     """What FlexKV needs to know of a request.
 
     ``tokens``: all that are known, prompt and output; may grow between calls, never changes. ``namespace``: what separates its blocks
-    from those of equal tokens.
+    from those of equal tokens. ``salt``: the cache salt among it, for KV events.
     """
 
     request_id: str
     tokens: Sequence[int]
     namespace: tuple[str, ...] = ()
+    salt: str | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,7 @@ class SchedulerSide:
         copier: of this rank's device.
         agree: the smallest of all ranks' values, by a collective call; the value itself where there is one rank.
         is_alone: there is one rank.
+        events: collects what came to the tiers and left them; None: nobody asks.
         behind_forward: a context in which the device's work, as the copier sees it, is that of the engine's forward.
 
     Raises:
@@ -100,6 +108,7 @@ class SchedulerSide:
         copier: DeviceCopier,
         agree: Callable[[int], int],
         is_alone: bool,
+        events: EventLog | None = None,
         behind_forward: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self._config = config
@@ -114,7 +123,8 @@ class SchedulerSide:
             timeout_s=config.transfer_timeout_s,
             verify=config.verify_checksums,
         )
-        self.manager = BlockManager(model, config, self._engine)
+        self._events = events
+        self.manager = BlockManager(model, config, self._engine, track_events=events is not None)
         self.manager.start()
         self._root = self.manager.root
         self._requests: OrderedDict[str, _Request] = OrderedDict()
@@ -213,6 +223,9 @@ class SchedulerSide:
         self._stores.append(_Store(held.release, ended))
         if count:
             first, stop = start * self._block_tokens, (start + count) * self._block_tokens
+            if self._events is not None:
+                stored = keys[start * KEY_BYTES : (start + count) * KEY_BYTES]
+                self._events.storing(stored, list(request.tokens[first:stop]), request.salt)
             assert stop <= len(held.slots), (stop, len(held.slots))
             self._launch(task_id, self._pages(held.slots[first:stop]))
 
@@ -250,6 +263,10 @@ class SchedulerSide:
         return count > 0
 
     # Life
+
+    def take_events(self) -> list[KVCacheEvent]:
+        """What came to the tiers and left them since the last call, in SGLang's types."""
+        return [] if self._events is None else self._events.of(self.manager.take_events())
 
     def reset(self) -> None:
         """The engine's tree is emptied. What is cached stays, unless the weights changed; no copy runs any more when this returns."""

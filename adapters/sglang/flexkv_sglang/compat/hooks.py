@@ -5,6 +5,7 @@ A linker hears of pages that SGLang wants to keep and to find by hash. What it d
 - who drives it (``init_cache_linker``): SGLang's driver knows tails of prompts, FlexKV needs requests;
 - a request's checkpoints and its end (``checkpoint``, ``on_release``): stores begin and states end there;
 - an eviction that finds too little (``_evict``), because nodes that are being stored are locked for some milliseconds;
+- KV events are taken (``take_events``): FlexKV's go with SGLang's;
 - requests that wait (``_add_request_to_queue``, ``_get_new_batch_prefill_raw``): their blocks are read from the SSD meanwhile;
 - each round of the scheduler (``_process_hicache_events``): behind ``--radix-cache-backend`` SGLang does not drive a linker by itself;
 - new weights (``_observe_weight_load``): what was cached under the old ones must not be found.
@@ -38,6 +39,7 @@ def install() -> None:
         (f"{_TREE}.checkpoint", _checkpoint, HookType.AFTER),
         (f"{_TREE}.on_release", _on_release, HookType.AFTER),
         (f"{_TREE}._evict", _evict, HookType.AROUND),
+        (f"{_TREE}.take_events", _take_events, HookType.AFTER),
         (f"{_SCHEDULER}._add_request_to_queue", _add_request_to_queue, HookType.AFTER),
         (f"{_SCHEDULER}._get_new_batch_prefill_raw", _get_new_batch_prefill_raw, HookType.AROUND),
         (f"{_SCHEDULER}._process_hicache_events", _process_hicache_events, HookType.BEFORE),
@@ -82,6 +84,11 @@ def _evict(original: Callable[..., Any], tree: Any, params: Any, *arguments: Any
         return result
     more = original(tree, replace(params, num_tokens=missing), *arguments, **options)
     return replace(result, num_tokens_evicted=result.num_tokens_evicted + more.num_tokens_evicted)
+
+
+def _take_events(taken: list[Any], tree: Any) -> list[Any]:
+    driver = _driver(tree)
+    return taken if driver is None else [*taken, *driver.take_events()]
 
 
 def _add_request_to_queue(result: None, scheduler: Any, req: Any, *arguments: Any, **options: Any) -> None:

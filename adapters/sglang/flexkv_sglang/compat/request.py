@@ -35,4 +35,4 @@ def view_of(req: Req, lora_weights: Mapping[str, str]) -> RequestView:
         parts += ["lora", weights]
     # Before its first round a request has no other tokens than its prompt's.
     tokens = req.full_untruncated_fill_ids if len(req.full_untruncated_fill_ids) else req.origin_input_ids
-    return RequestView(req.rid, tokens, tuple(parts))
+    return RequestView(req.rid, tokens, tuple(parts), getattr(req, "cache_salt", None))
