@@ -241,6 +241,8 @@ class RemoteLink:
                 self._cache.abort_put(plan)
                 return False
             fetch.next_block = plan.start_block + plan.count
+            # Whoever comes now has what the pieces before brought, and follows from here.
+            self._by_first_missing.setdefault(_key(fetch.keys, plan.start_block), fetch)
             self._ops[op] = _Op(fetch, _dropped(plan.count), plan)
             return True
         return False

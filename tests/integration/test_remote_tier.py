@@ -211,3 +211,40 @@ def test_a_prefetch_by_tokens_brings_what_the_store_has(engines: tuple[Engine, E
     assert second.get(100) == BLOCKS
     nothing = second.manager.prefetch_async(TOKENS + 7)
     assert second.manager.wait(nothing)[nothing].status is KVResponseStatus.SUCCESS
+
+
+def test_pieces_are_hits_as_they_arrive_and_late_comers_follow(engines: tuple[Engine, Engine]) -> None:
+    first, second = engines
+    first.put(100)
+    first.written(BLOCKS)
+    second.link._piece_blocks = 4
+    seen: list[int] = []
+    ends: list[threading.Event] = []
+
+    take_read = second.link._take_read
+
+    def take_and_look(op: object) -> None:  # under the lock, each time blocks have come
+        take_read(op)  # type: ignore[arg-type]
+        seen.append(second.manager.blocks.match_keys(second.keys()))
+        end = threading.Event()
+        if second.manager.blocks.fetch_keys(second.keys(), end.set):
+            ends.append(end)
+
+    second.link._take_read = take_and_look  # type: ignore[method-assign]
+    assert second.fetch(second.keys())
+    wait_until(lambda: len(seen) == BLOCKS // 4)
+    assert seen == list(range(4, BLOCKS + 1, 4))
+    assert all(end.wait(10) for end in ends)
+    assert second.get(100) == BLOCKS
+    assert second.manager.counters().remote_read_blocks == BLOCKS, "nothing came twice"
+
+
+def test_a_fetch_takes_no_more_than_its_share_of_host_memory(url: str) -> None:
+    first, second = Engine(url), Engine(url)
+    first.put(100)
+    first.written(BLOCKS)
+    second.link._piece_blocks, second.link._fetch_blocks_max = 5, 12
+    assert second.fetch(second.keys())
+    assert second.get(100) == 12
+    first.close()
+    second.close()
