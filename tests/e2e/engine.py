@@ -73,9 +73,12 @@ class Engine:
     config: Mapping[str, object] = field(default_factory=dict)
     options: Mapping[str, object] = field(default_factory=dict)
     with_flexkv: bool = True
+    connector_name: str = "FlexKVConnector"
 
     def __enter__(self) -> Engine:
         transfer: dict[str, Any] | None = json.loads(KV_TRANSFER_CONFIG) if self.with_flexkv else None
+        if transfer is not None:
+            transfer["kv_connector"] = self.connector_name
         if transfer is not None and self.config:
             transfer["kv_connector_extra_config"] = dict(self.config)
         options: dict[str, Any] = {
@@ -125,8 +128,8 @@ class Engine:
 
     @property
     def manager(self) -> Any:
-        """FlexKV's manager."""
-        return self.connector._scheduler.manager
+        """FlexKV's manager, behind the in-tree class too."""
+        return getattr(self.connector, "_flexkv_connector", self.connector)._scheduler.manager
 
     @property
     def kv_tensors(self) -> list[Any]:

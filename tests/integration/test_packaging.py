@@ -1,4 +1,4 @@
-"""What a user installs: one wheel with three packages, the C extension and vLLM's plugin entry point; editable installs too."""
+"""What a user installs: one wheel with all packages, the C extension and vLLM's plugin entry point; editable installs too."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PROBE = """
-import flexkv_core, flexkv_kernels, flexkv_vllm
+import flexkv, flexkv_core, flexkv_kernels, flexkv_vllm
 from importlib.metadata import entry_points
 names = [point.value for point in entry_points(group="vllm.general_plugins") if point.name == "flexkv"]
-print(flexkv_core.__file__, flexkv_kernels.__file__, flexkv_vllm.__file__, *names, sep="\\n")
+print(flexkv_core.__file__, flexkv_kernels.__file__, flexkv_vllm.__file__, flexkv.__file__, *names, sep="\\n")
 """
 
 
@@ -44,7 +44,7 @@ def test_wheel_holds_all_packages(checkout: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         entry_points = archive.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
-    for package in ("flexkv_core", "flexkv_kernels", "flexkv_vllm"):
+    for package in ("flexkv_core", "flexkv_kernels", "flexkv_vllm", "flexkv"):
         source = next(ROOT.glob(f"**/{package}/__init__.py")).parent
         expected = {f"{package}/{path.relative_to(source)}" for path in source.rglob("*.py")}
         assert expected <= set(names), package
@@ -79,5 +79,6 @@ def test_editable_install_shows_all_packages(checkout: Path, tmp_path: Path) -> 
         checkout,
         checkout / "kernels",
         checkout / "adapters" / "vllm",
+        checkout / "adapters" / "intree",
     ]
     assert plugin == "flexkv_vllm.plugin:register"

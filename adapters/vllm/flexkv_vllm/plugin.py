@@ -1,16 +1,17 @@
-"""vLLM's plugin entry point: makes the connector known by name in every process of the engine, and has its settings checked early."""
+"""vLLM's plugin entry point: makes the connector known by its names in every process of the engine, and has its settings checked early."""
 
 from __future__ import annotations
 
 
 def register() -> None:
-    """Register ``FlexKVConnector`` with vLLM's connector factory; a second call does nothing."""
+    """Register ``FlexKVConnector`` with vLLM's connector factory, and stand behind its ``FlexKVConnectorV1``; a second call does nothing."""
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
-    from flexkv_vllm.compat import early_check
+    from flexkv_vllm.compat import early_check, in_tree
 
     if "FlexKVConnector" not in KVConnectorFactory._registry:
         KVConnectorFactory.register_connector("FlexKVConnector", "flexkv_vllm.connector", "FlexKVConnector")
+    in_tree.install()
     early_check.install(_check)
 
 

@@ -6,6 +6,7 @@ nothing that the later ones would accept.
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,12 +16,15 @@ from flexkv_core.errors import CapacityError, ConfigError
 from flexkv_core.storage.directory import FOLDER_PREFIX
 from flexkv_core.storage.memory import check_capacity
 from flexkv_core.storage.remote import check_available
+from flexkv_vllm.compat import in_tree
 from flexkv_vllm.layout import check_engine
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-CONNECTOR = "FlexKVConnector"
+logger = logging.getLogger(__name__)
+
+CONNECTORS = ("FlexKVConnector", in_tree.NAME)
 
 
 def check_before_weights(vllm_config: VllmConfig, memory: bool) -> None:
@@ -33,7 +37,9 @@ def check_before_weights(vllm_config: VllmConfig, memory: bool) -> None:
         CapacityError: more memory or disk than there is.
     """
     transfer = vllm_config.kv_transfer_config
-    if transfer is None or transfer.kv_connector != CONNECTOR:
+    if transfer is None or transfer.kv_connector not in CONNECTORS:
+        return
+    if transfer.kv_connector == in_tree.NAME and not _is_ours():
         return
     config = load_config(transfer.kv_connector_extra_config)
     check_engine(vllm_config, config)
@@ -47,6 +53,19 @@ def check_before_weights(vllm_config: VllmConfig, memory: bool) -> None:
         check_available(config.remote_url.partition(":")[0])
     for directory in config.ssd_dirs:
         check_directory(Path(directory), int(config.ssd_bytes))
+
+
+def _is_ours() -> bool:
+    """Whether vLLM's in-tree class leads to this project; says so when it leads to another."""
+    owner, folder = in_tree.owner()
+    if owner is in_tree.Owner.OTHERS:
+        logger.warning(
+            "%s will use the module flexkv in %s, which is not of this project; for this project's connector use"
+            ' {"kv_connector":"FlexKVConnector","kv_role":"kv_both"}',
+            in_tree.NAME,
+            folder,
+        )
+    return owner is in_tree.Owner.OURS
 
 
 def check_block_size(config: FlexKVConfig, block_size: int) -> None:

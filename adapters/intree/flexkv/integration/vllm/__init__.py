@@ -1,0 +1,1 @@
+"""What vLLM's ``FlexKVConnectorV1`` imports."""
