@@ -6,6 +6,7 @@ FlexKVError
 ├── CapacityError      (MemoryError)   the machine cannot give the memory or disk space that a tier needs
 ├── StorageError       (RuntimeError)  the catalogue or the files of a tier cannot be read or written
 ├── TransferError      (RuntimeError)  a copy between a device and a slot, or between tiers, failed
+├── PatchError         (RuntimeError)  a patch that cannot be applied to an engine, or taken back
 └── ClosedError        (RuntimeError)  the object was shut down before the call
 
 What a user gets wrong raises at start. While serving, every failure is logged once, counted and turned into a miss; programmer
@@ -37,6 +38,10 @@ class StorageError(FlexKVError, RuntimeError):
 
 class TransferError(FlexKVError, RuntimeError):
     """A transfer failed as a whole; its blocks are misses."""
+
+
+class PatchError(FlexKVError, RuntimeError):
+    """A patch or its target is not what it must be; nothing was changed. Names the file and what to do."""
 
 
 class ClosedError(FlexKVError, RuntimeError):

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flexkv_core.cli.bench import BENCHES, results_table, run_bench, write_json
+from flexkv_core.cli.patch.command import app as patch_app
 from flexkv_core.config import FlexKVConfig, Setting, effective_settings, markdown_table
 from flexkv_core.errors import ConfigError
 
@@ -19,6 +20,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(patch_app, name="patch")
 
 
 @app.callback()

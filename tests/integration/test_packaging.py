@@ -49,6 +49,13 @@ def test_wheel_holds_all_packages(checkout: Path, tmp_path: Path) -> None:
         expected = {f"{package}/{path.relative_to(source)}" for path in source.rglob("*.py")}
         assert expected <= set(names), package
     assert "flexkv_core/py.typed" in names
+    patches = {
+        f"flexkv_core/cli/patch/patches/{path.relative_to(ROOT / 'patches')}"
+        for path in ROOT.glob("patches/**/*.*")
+        if path.is_file()
+    }
+    assert len(patches) > 20
+    assert patches <= set(names)
     assert not [name for name in names if name.startswith(("tests/", "scripts/", "kernels/", "adapters/"))]
     assert "flexkv = flexkv_vllm.plugin:register" in entry_points
     assert "flexkv = flexkv_core.cli:main" in entry_points

@@ -11,12 +11,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
     KVConnectorRole,
-    KVConnectorWorkerMetadata,
 )
 from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_rank
 
 from flexkv_core.config import load_config
+from flexkv_vllm.compat import preemptions, settings
 from flexkv_vllm.compat.hit_source import HOST_HITS
+from flexkv_vllm.compat.worker_results import KVConnectorWorkerMetadata
 from flexkv_vllm.metadata import StepMetadata, WorkerResults
 from flexkv_vllm.scheduler_side import SchedulerSide
 from flexkv_vllm.stats import FlexKVPromMetrics, FlexKVStats
@@ -55,10 +56,9 @@ class FlexKVConnector(KVConnectorBase_V1):
         assert transfer is not None
         config = load_config(transfer.kv_connector_extra_config)
         if role is KVConnectorRole.SCHEDULER:
-            if transfer.kv_load_failure_policy != "recompute":
-                # vLLM's default answers a request whose load failed with an error; a cache must not.
+            # vLLM's default answers a request whose load failed with an error; a cache must not.
+            if settings.recompute_failed_loads(transfer):
                 logger.info("kv_load_failure_policy is set to recompute: a load that fails is a miss")
-                transfer.kv_load_failure_policy = "recompute"
             self._scheduler = SchedulerSide(vllm_config, kv_cache_config, config)
         else:
             self._worker = WorkerSide(vllm_config, kv_cache_config, config)
@@ -74,12 +74,15 @@ class FlexKVConnector(KVConnectorBase_V1):
         self._worker.register(kv_caches, get_pp_group().rank_in_group, get_tensor_model_parallel_rank())
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
-        assert isinstance(kv_connector_metadata, StepMetadata)
-        self._worker.before_step(kv_connector_metadata)
+        if preemptions.BRING_METADATA:
+            assert isinstance(kv_connector_metadata, StepMetadata)
+            self._worker.before_step(kv_connector_metadata)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         """The step begins: loads start here, ahead of its forward, whether or not vLLM calls ``start_load_kv`` early."""
         super().bind_connector_metadata(connector_metadata)
+        if not preemptions.BRING_METADATA:
+            self._worker.before_step(self._step())
         self._worker.start_loads(self._step())
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:

@@ -6,17 +6,11 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from vllm.distributed.kv_events import (
-    MEDIUM_CPU,
-    MEDIUM_STORAGE,
-    AllBlocksCleared,
-    BlockRemoved,
-    BlockStored,
-    KVCacheEvent,
-)
+from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KVCacheEvent
 
 from flexkv_core.cache import ROOT, EventKind, TierEvent
 from flexkv_core.types import KEY_BYTES, Tier
+from flexkv_vllm.compat.kv_events import MEDIUM_CPU, MEDIUM_STORAGE, block_stored
 from flexkv_vllm.compat.request import token_list
 
 if TYPE_CHECKING:
@@ -50,7 +44,7 @@ class EventLog:
             return
         names = _split(keys)
         lora = request.lora_request
-        self._described[names[start]] = BlockStored(
+        self._described[names[start]] = block_stored(
             block_hashes=list(names[start:]),
             parent_block_hash=names[start - 1] if start else None,
             token_ids=list(token_list(request)[start * self._block_tokens : len(names) * self._block_tokens]),
@@ -74,7 +68,7 @@ class EventLog:
         described = self._described.pop(names[0], None) if event.tier is Tier.HOST else None
         if described is not None and len(described.block_hashes) == len(names):
             return described
-        return BlockStored(
+        return block_stored(
             block_hashes=list(names),
             parent_block_hash=None if event.parent == ROOT else event.parent,
             token_ids=[],

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 
 from flexkv_core.storage.memory import SegmentHandle
 from flexkv_core.transfer.plan import OpResult, TransferOp
+from flexkv_vllm.compat.worker_results import KVConnectorWorkerMetadata
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,8 @@ def check_before_weights(vllm_config: VllmConfig, memory: bool) -> None:
         return
     if transfer.kv_connector == in_tree.NAME and not _is_ours():
         return
+    import flexkv_vllm.compat.worker_results  # noqa: F401 - refuses a vLLM without the hook
+
     config = load_config(transfer.kv_connector_extra_config)
     check_engine(vllm_config, config)
     cache = vllm_config.cache_config

@@ -26,6 +26,7 @@ from flexkv_core.transfer.plan import Delivery, TransferOp
 from flexkv_core.types import KEY_BYTES, Direction
 from flexkv_core.verify import HitSampler
 from flexkv_vllm.compat.request import is_cacheable, namespace_of, salts_of, token_list
+from flexkv_vllm.compat.settings import data_parallel_index
 from flexkv_vllm.events import EventLog, publishes_events
 from flexkv_vllm.in_step import InStepPolicy
 from flexkv_vllm.layout import check_supported, identity, ranks_of, slot_layout
@@ -102,7 +103,7 @@ class SchedulerSide:
         model = ModelConfig(
             identity(vllm_config, kv_cache_config, config),
             layout,
-            replica=vllm_config.parallel_config.data_parallel_index,
+            replica=data_parallel_index(vllm_config.parallel_config),
         )
         self.manager = BlockManager(model, config, self._executor, track_events=self.events.enabled)
         self.manager.start()

@@ -1,0 +1,120 @@
+"""The real server of whatever vLLM is installed serves with FlexKV: hits, and identical answers, under both of the connector's names.
+
+A version that needs patches gets them first, by the command a user types, and loses them afterwards; every file must then be what it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from flexkv_core.cli.harness.client import Completion, VllmClient
+from flexkv_core.cli.harness.server import CPU_ARGUMENTS, CPU_ENVIRONMENT, VllmServer
+from flexkv_core.cli.patch import job, series
+from flexkv_core.cli.patch.job import State
+from flexkv_core.cli.patch.target import Target, find
+from flexkv_core.config import cache_dir
+
+CONNECTORS = ("FlexKVConnector", "FlexKVConnectorV1")
+BLOCK_TOKENS = 64
+PROMPT = [100 + i * 37 % 20_000 for i in range(1500)]
+HIT_TOKENS = len(PROMPT) // BLOCK_TOKENS * BLOCK_TOKENS
+RECOMPUTE_BOUND = 2.1e-5
+EXTERNAL_HITS = "vllm:external_prefix_cache_hits_total"
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Target]:
+    """The installed engine, patched where its version needs it."""
+    target, patches = find("vllm", None, None, ("vllm",)), series.patches_folder()
+    before = digests(target)
+    assert job.apply(target, patches).state in (State.APPLIED, State.NOT_NEEDED)
+    print(f"vLLM {target.version}: {job.look(target, patches).state.value}")
+    yield target
+    job.revert(target, patches)
+    assert digests(target) == before
+
+
+def digests(target: Target) -> dict[str, str]:
+    """The checksum of every source file of the engine."""
+    return {
+        str(path): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(target.package.rglob("*.py"))
+    }
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama that the other tests have made, with a tokenizer that older transformers know too."""
+    (source,) = sorted((cache_dir() / "models").glob("tiny-llama-*"))[-1:]
+    folder = tmp_path_factory.mktemp("model")
+    for file in source.iterdir():
+        shutil.copy(file, folder)
+    settings = folder / "tokenizer_config.json"
+    content = json.loads(settings.read_text())
+    settings.write_text(json.dumps(content | {"tokenizer_class": "PreTrainedTokenizerFast"}))
+    return folder
+
+
+@pytest.fixture(scope="module", params=CONNECTORS)
+def client(
+    engine: Target, model: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[VllmClient]:
+    transfer = {
+        "kv_connector": request.param,
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"host_bytes": "128MiB"},
+    }
+    arguments = [*CPU_ARGUMENTS, "--kv-transfer-config", json.dumps(transfer), "--max-model-len", "4096"]
+    environment = {**CPU_ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    log = tmp_path_factory.mktemp("vllm") / "server.log"
+    with VllmServer(model, arguments, environment, log) as server, VllmClient(server.base_url) as connected:
+        yield connected
+
+
+def reset(client: VllmClient, external: bool = False) -> None:
+    """Empties the engine's prefix cache. Older versions do not say whether blocks are still held, so the stores are waited for first."""
+    deadline = time.monotonic() + 20.0
+    while time.monotonic() < deadline:
+        time.sleep(1.0)
+        reply = client._http.post("/reset_prefix_cache", params={"reset_external": external})
+        reply.raise_for_status()
+        if not reply.content or reply.json()["success"]:
+            return
+    raise TimeoutError("the engine did not reset its prefix cache")
+
+
+def test_hit_and_identical_answer(client: VllmClient) -> None:
+    reset(client, external=True)
+    cold = client.complete(PROMPT, 12, logprobs=True)
+    device = client.complete(PROMPT, 12, logprobs=True)
+    reset(client)
+    before = client.metrics().total(EXTERNAL_HITS)
+    host = client.complete(PROMPT, 12, logprobs=True)
+    print(f"cached tokens: {cold.cached_tokens}, {device.cached_tokens}, {host.cached_tokens}")
+    assert (cold.cached_tokens, device.cached_tokens, host.cached_tokens) == (0, HIT_TOKENS, HIT_TOKENS)
+    assert client.metrics().total(EXTERNAL_HITS) - before == HIT_TOKENS, "from FlexKV, not from the device"
+    assert (host.token_ids, host.logprobs) == (device.token_ids, device.logprobs)
+    assert host.token_ids == cold.token_ids
+    assert _error(host, cold) <= RECOMPUTE_BOUND
+    assert client.metrics().total("vllm:flexkv_loaded_blocks_total") > 0
+
+
+def test_reset_reaches_flexkv_and_salts_share_nothing(client: VllmClient) -> None:
+    client.complete(PROMPT, 1)
+    reset(client)
+    assert client.complete(PROMPT, 1, cache_salt="theirs").cached_tokens == 0
+    reset(client)
+    assert client.complete(PROMPT, 1).cached_tokens == HIT_TOKENS
+    reset(client, external=True)
+    assert client.complete(PROMPT, 1).cached_tokens == 0
+
+
+def _error(one: Completion, other: Completion) -> float:
+    return max(abs(a - b) for a, b in zip(one.logprobs, other.logprobs, strict=True))
