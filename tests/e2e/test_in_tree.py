@@ -11,6 +11,7 @@ import pytest
 from vllm.distributed.kv_transfer.kv_connector.v1.flexkv_connector import FlexKVConnectorV1
 
 from flexkv.integration.vllm.vllm_v1_adapter import FlexKVConnectorV1Impl
+from flexkv_core.errors import TransferError
 from flexkv_core.transfer.plan import TransferOp
 from flexkv_kernels.copier import CpuCopier
 from tests.e2e.checks import Scatter, hit_differences, patched_scatter
@@ -83,7 +84,7 @@ def test_load_that_fails_is_computed_and_counted(engine: Engine) -> None:
     cold = engine.ask(prompt)
     engine.reset()
     failed = engine.manager.counters().failed_loads
-    with patched_scatter(lambda scatter: _nothing_arrives):
+    with patched_scatter(lambda scatter: _fails):
         again = engine.ask(prompt)
     assert again.token_ids == cold.token_ids
     assert again.logprob_error(cold) <= RECOMPUTE_BOUND
@@ -91,8 +92,8 @@ def test_load_that_fails_is_computed_and_counted(engine: Engine) -> None:
     engine.check_integrity()
 
 
-def _nothing_arrives(copier: CpuCopier, op: TransferOp, after: object, verify: bool) -> npt.NDArray[np.bool_]:
-    return np.zeros(len(op.slots), np.bool_)
+def _fails(copier: CpuCopier, op: TransferOp, after: object, verify: bool) -> npt.NDArray[np.bool_]:
+    raise TransferError("injected: the copy failed")
 
 
-_: Scatter = _nothing_arrives
+_: Scatter = _fails
