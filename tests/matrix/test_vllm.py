@@ -33,6 +33,7 @@ EXTERNAL_HITS = "vllm:external_prefix_cache_hits_total"
 def engine() -> Iterator[Target]:
     """The installed engine, patched where its version needs it."""
     target, patches = find("vllm", None, None, ("vllm",)), series.patches_folder()
+    job.revert(target, patches)  # what an interrupted run has left
     before = digests(target)
     assert job.apply(target, patches).state in (State.APPLIED, State.NOT_NEEDED)
     print(f"vLLM {target.version}: {job.look(target, patches).state.value}")

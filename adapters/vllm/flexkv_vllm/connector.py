@@ -18,6 +18,7 @@ from flexkv_core.config import load_config
 from flexkv_vllm.compat import preemptions, settings
 from flexkv_vllm.compat.hit_source import HOST_HITS
 from flexkv_vllm.compat.worker_results import KVConnectorWorkerMetadata
+from flexkv_vllm.compat.worker_stats import WORKERS_MUST_SEND
 from flexkv_vllm.metadata import StepMetadata, WorkerResults
 from flexkv_vllm.scheduler_side import SchedulerSide
 from flexkv_vllm.stats import FlexKVPromMetrics, FlexKVStats
@@ -153,7 +154,9 @@ class FlexKVConnector(KVConnectorBase_V1):
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         """Counts are the scheduler's."""
-        return self._scheduler.take_stats() if self.role is KVConnectorRole.SCHEDULER else None
+        if self.role is KVConnectorRole.SCHEDULER:
+            return self._scheduler.take_stats()
+        return FlexKVStats(data={}) if WORKERS_MUST_SEND else None
 
     def shutdown(self) -> None:
         (self._scheduler if self.role is KVConnectorRole.SCHEDULER else self._worker).shutdown()
