@@ -10,7 +10,8 @@ if TYPE_CHECKING:
 
 def data_parallel_index(parallel: ParallelConfig) -> int:
     """Which replica of the engine this is; before 0.14 the rank tells it."""
-    index: int = getattr(parallel, "data_parallel_index", parallel.data_parallel_rank)
+    name = "data_parallel_index" if hasattr(parallel, "data_parallel_index") else "data_parallel_rank"
+    index: int = getattr(parallel, name)
     return index
 
 
