@@ -84,7 +84,7 @@ class EngineServer:
         self._deadline_s = deadline_s
         self._process: subprocess.Popen[bytes] | None = None
         self._command = [
-            *_die_with_parent(),
+            *die_with_parent(),
             *prefix,
             "env",
             *(f"{name}={value}" for name, value in environment.items()),
@@ -215,7 +215,7 @@ class VllmServer(EngineServer):
         super().__init__(command, environment, log_path, deadline_s, host, prefix)
 
 
-def _die_with_parent() -> list[str]:
+def die_with_parent() -> list[str]:
     """A prefix that has the kernel end the server when the starting thread dies, even by SIGKILL (util-linux; Linux only)."""
     setpriv = shutil.which("setpriv")
     return [setpriv, "--pdeathsig", "TERM"] if setpriv else []

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from flexkv_core.cli.harness.server import free_port
+from flexkv_core.cli.harness.server import die_with_parent, free_port
 
 START_S = 30.0
 LOOPBACK = "127.0.0.1"
@@ -59,7 +59,7 @@ def mooncake_holder(master: int, segment_bytes: int, host: str = LOOPBACK) -> It
         f" code = store.setup({host!r}, 'P2PHANDSHAKE', {segment_bytes}, 1 << 20, 'tcp', '', '{host}:{master}');"
         " print('code', code, flush=True); sys.stdin.read()"
     )
-    command = ["env", f"MC_TCP_BIND_ADDRESS={host}", sys.executable, "-c", program]
+    command = [*die_with_parent(), "env", f"MC_TCP_BIND_ADDRESS={host}", sys.executable, "-c", program]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
@@ -87,7 +87,9 @@ def s3_options(port: int, host: str = LOOPBACK) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _running(command: list[str], host: str, port: int) -> Iterator[None]:
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*die_with_parent(), *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         deadline = time.monotonic() + START_S
         while True:
