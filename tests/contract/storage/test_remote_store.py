@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import subprocess
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +74,27 @@ def valkey_store(folder: Path) -> Iterator[RemoteSpec]:
 
 
 @contextlib.contextmanager
+def tls_store(folder: Path) -> Iterator[RemoteSpec]:
+    """Over TLS; the server's certificate is checked against an authority of our own."""
+    key, certificate, port = str(folder / "key.pem"), str(folder / "certificate.pem"), free_port()
+    request = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-nodes",
+    ]
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run([*request, "-keyout", key, "-out", certificate, *names], check=True, capture_output=True)
+    tls = ["--tls-port", str(port), "--tls-cert-file", certificate, "--tls-key-file", key]
+    with redis_server("--port", "0", *tls, "--tls-auth-clients", "no", port=port):
+        yield RemoteSpec(f"valkeys://127.0.0.1:{port}", "p", LAYOUT, {"ssl_ca_certs": certificate})
+
+
+@contextlib.contextmanager
 def cluster_store(folder: Path) -> Iterator[RemoteSpec]:
     """Two nodes of a cluster; the URL names one."""
     options = ("--cluster-enabled", "yes", "--cluster-port", "{}", "--dir")
@@ -118,7 +141,16 @@ def example_store(folder: Path) -> Iterator[RemoteSpec]:
 
 STORES = {
     s.__name__: s
-    for s in (example_store, dir_store, memory_store, s3_store, valkey_store, cluster_store, mooncake_store)
+    for s in (
+        example_store,
+        dir_store,
+        memory_store,
+        s3_store,
+        valkey_store,
+        tls_store,
+        cluster_store,
+        mooncake_store,
+    )
 }
 
 
@@ -188,6 +220,15 @@ def test_a_late_call_answers_all_the_same(rig: Rig) -> None:
     ):
         assert len(statuses) == 4
         assert set(statuses.tolist()) <= {OK, IO_ERROR, DROPPED}
+
+
+def test_a_server_that_cannot_prove_who_it_is_is_not_spoken_to(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    with tls_store(tmp_path / "a") as spec, tls_store(tmp_path / "b") as other:
+        store = open_store(replace(spec, options=other.options), [])
+        assert (store.exists(["p/x"], soon()) == IO_ERROR).all()
+        store.close()
 
 
 def test_nothing_is_a_batch(rig: Rig) -> None:
