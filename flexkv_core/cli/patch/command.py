@@ -24,7 +24,7 @@ app = typer.Typer(
 )
 
 _Engine = Annotated[
-    str | None, typer.Option("--engine", help="vllm or sglang; needed where both are installed.")
+    str | None, typer.Option("--engine", help="The engine; needed where several are installed.")
 ]
 _TargetPath = Annotated[
     Path | None,
