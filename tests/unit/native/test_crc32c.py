@@ -210,7 +210,7 @@ assert sums(4) == alone
 
 
 def test_calls_at_once_share_helpers_without_mixing_up(implementation):
-    count, size = 40, 20_000
+    count, size = 40, 20_000 if implementation is not twin else 100
     memory = np.random.default_rng(7).integers(0, 256, count * size, np.uint8)
     keys = np.random.default_rng(8).bytes(16 * count)
     slots = np.arange(count)
