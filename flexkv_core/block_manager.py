@@ -278,11 +278,12 @@ class BlockManager:
             assert len(blocks) == task.block_count * self.layout.blocks_per_slot
             task.launched = True
             op = TransferOp(task_id, task.direction, task.keys, task.slots, blocks, task.awaited(), delivery)
+            self._counters.layerwise_loads += delivery is not Delivery.WHOLE
             self._start_reads(task)
         self._executor.submit(op)
 
     def wait_layers(self, task_id: int, count: int, timeout_s: float) -> LayerStatus:
-        """Wait for the first ``count`` layers of a get with LAYERWISE delivery, see
+        """Wait for the first ``count`` layers of a get that is not delivered WHOLE, see
         :meth:`~flexkv_core.transfer.engine.TransferEngine.wait_layers`. FAILED where the executor reaches other processes: there the layers
         are awaited by those that read them."""
         executor = self._executor

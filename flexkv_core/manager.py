@@ -91,7 +91,7 @@ class Blocks(Protocol):
         """Start a task's copy."""
 
     def wait_layers(self, task_id: int, count: int, timeout_s: float) -> LayerStatus:
-        """Wait for the first layers of a get with LAYERWISE delivery."""
+        """Wait for the first layers of a get that is not delivered WHOLE."""
 
     def cancel(self, task_id: int) -> None:
         """Give up a task."""

@@ -15,6 +15,7 @@ class Counters:
     loaded_blocks: int = 0
     loaded_bytes: int = 0
     load_seconds: float = 0.0  # time in copies, without queueing
+    layerwise_loads: int = 0  # ops that were delivered layer by layer
     stored_blocks: int = 0
     stored_bytes: int = 0
     store_seconds: float = 0.0
@@ -61,6 +62,7 @@ COUNTER_WORDS = {
     "loaded_blocks": "Blocks copied to the device.",
     "loaded_bytes": "Bytes copied to the device.",
     "load_seconds": "Time spent in copies to the device.",
+    "layerwise_loads": "Loads that were delivered layer by layer.",
     "stored_blocks": "Blocks copied to the host tier.",
     "stored_bytes": "Bytes copied to the host tier.",
     "store_seconds": "Time spent in copies to the host tier.",

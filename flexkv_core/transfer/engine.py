@@ -3,7 +3,7 @@
 A request waits for its load; nobody waits for a store. So a load that arrives while a large store runs is let in between two of the
 store's pieces. A load whose slots are still being filled from a lower tier is copied slot by slot as they arrive, while other ops run.
 A thread that has nothing to do but to wait for a load may copy pieces of it itself, see :meth:`TransferEngine.help`.
-A load with LAYERWISE delivery is checked in host memory first, and then copied layer by layer; see :meth:`TransferEngine.wait_layers`.
+A load may be delivered layer by layer, checked in host memory before or after; see :meth:`TransferEngine.wait_layers`.
 The queue is bounded: what does not fit is reported as failed at once, which is a miss.
 """
 
@@ -53,7 +53,7 @@ class _Arriving:
     seconds: float = 0.0
     arrived: npt.NDArray[np.intp] = field(
         default_factory=lambda: np.empty(0, np.intp)
-    )  # LAYERWISE: not copied yet
+    )  # not WHOLE: not copied yet
 
 
 class TransferEngine:
@@ -111,7 +111,7 @@ class TransferEngine:
                 assert op.op_id not in self._unfinished, op.op_id
                 queue[op.op_id] = queued
                 self._unfinished.add(op.op_id)
-                if op.delivery is Delivery.LAYERWISE:
+                if op.delivery is not Delivery.WHOLE:
                     self._layers.begin(op.op_id)
                 self._changed.notify_all()
         if not accepted:
@@ -135,13 +135,13 @@ class TransferEngine:
         return self._copier.segments.layer_count
 
     def wait_layers(self, op_id: int, count: int, timeout_s: float) -> LayerStatus:
-        """Wait until the first ``count`` layers of a LAYERWISE load may be read, at most ``timeout_s`` seconds.
+        """Wait until the first ``count`` layers of a LAYERWISE or TENTATIVE load may be read, at most ``timeout_s`` seconds.
 
         To be called on the thread that gives the device its work, any number of times for a load, also when it has ended (the last
         1,024 are remembered; of older ones and of ops that were refused the answer is FAILED). With READY, what that thread gives the
-        device from now on reads the layers' bytes, all of them checked; on a GPU the device waits for that, not the thread. With FAILED
-        or LATE nothing may be read; a load that is LATE goes on to write to its blocks until it is reported. ``count`` 0 waits until all
-        blocks have passed their check. While it waits, the thread takes a hand in what is checked or copied in pieces.
+        device from now on reads the layers' bytes, which of a LAYERWISE load are all checked; on a GPU the device waits for that, not the
+        thread. With FAILED or LATE nothing may be read; a load that is LATE goes on to write to its blocks until it is reported. ``count``
+        0 waits until all blocks have passed their check. While it waits, the thread takes a hand in what is checked or copied in pieces.
         """
         deadline = time.monotonic() + timeout_s
         status, layer = self._layers.wait(op_id, count, 0)
@@ -250,7 +250,7 @@ class TransferEngine:
         """Copy the slots at ``indices`` to the device; report the load when nothing is pending. Whether it goes on."""
         op, started = load.item.op, time.monotonic()
         scatter = self._scatter
-        if op.delivery is Delivery.LAYERWISE:
+        if op.delivery is not Delivery.WHOLE:
             load.arrived = np.append(load.arrived, indices)
             if len(load.pending):
                 return True
@@ -275,7 +275,19 @@ class TransferEngine:
         self._share(indices, copy)
 
     def _scatter_layers(self, load: _Arriving, indices: npt.NDArray[np.intp]) -> None:
-        """Check the slots at ``indices``, in pieces that a helping thread may take, and copy what is whole layer by layer."""
+        """Check the slots at ``indices`` and copy what is whole layer by layer; a TENTATIVE load the other way round."""
+        op, publish = load.item.op, partial(self._layers.publish, load.item.op.op_id)
+        if op.delivery is Delivery.TENTATIVE:
+            self._copier.scatter_layers(op.part(indices), load.item.after, publish)
+            self._check(load, indices)
+            return
+        self._check(load, indices)
+        whole = np.flatnonzero(load.ok)
+        if len(whole):
+            self._copier.scatter_layers(op.part(whole), load.item.after, publish)
+
+    def _check(self, load: _Arriving, indices: npt.NDArray[np.intp]) -> None:
+        """Compare the slots at ``indices`` with their checksums, in pieces that a helping thread may take, and tell those who wait."""
         op = load.item.op
 
         def check(some: npt.NDArray[np.intp]) -> None:
@@ -288,13 +300,8 @@ class TransferEngine:
             check(indices)  # has threads of its own
         else:
             load.ok[indices] = True
-        # Told now, not after the copy: a reader waits.
         tell = self._layers.checked if load.ok.all() else self._layers.fail
         tell(op.op_id)
-        whole = np.flatnonzero(load.ok)
-        if len(whole):
-            publish = partial(self._layers.publish, op.op_id)
-            self._copier.scatter_layers(op.part(whole), load.item.after, publish)
 
     def _share(self, indices: npt.NDArray[np.intp], work: Callable[[npt.NDArray[np.intp]], None]) -> None:
         """Call ``work`` with parts of ``indices``, here and on a thread that helps."""

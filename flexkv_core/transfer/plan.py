@@ -21,6 +21,7 @@ class Delivery(Enum):
 
     WHOLE = "whole"  # block by block, checked on the way; the device may read when the op is reported
     LAYERWISE = "layerwise"  # checked first, then layer by layer: the device may read a layer while the next ones are still coming
+    TENTATIVE = "tentative"  # layer by layer at once, checked last: for a reader whose results are dropped if the op's say so
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class TransferOp:
         blocks: int64 [n * blocks_per_slot], device blocks, those of slot *i* at ``i * blocks_per_slot``; in a LOAD, -1
             leaves that part of the slot out.
         awaited: bool [n], in a LOAD: slots that are being read from a lower tier; each is copied when the segment's ``arrivals`` say so,
-            with LAYERWISE delivery when all have arrived.
+            unless delivery is WHOLE when all have arrived.
         delivery: of a LOAD. A STORE is WHOLE.
     """
 

@@ -15,7 +15,7 @@ from flexkv_core.errors import TransferError
 from flexkv_core.transfer.engine import TransferEngine
 from flexkv_core.transfer.plan import TransferOp
 from flexkv_kernels.copier import CpuCopier
-from flexkv_vllm.in_step import InStepLoads
+from flexkv_vllm.in_step import InStepLoads, InStepPolicy
 from tests.e2e.checks import hit_differences
 from tests.e2e.engine import BLOCK_TOKENS, RECOMPUTE_BOUND, Engine, prompt_tokens
 
@@ -170,6 +170,40 @@ def test_failed_load_is_recomputed_and_stored_anew(
     assert layerwise_loads
 
 
+@pytest.mark.parametrize("is_evicted", [True, False])
+def test_nobody_finds_the_blocks_of_a_failed_load(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, is_evicted: bool
+) -> None:
+    """A request with the same prefix that comes while the first one is recomputed chunk by chunk. Left in the engine's prefix cache, the
+    blocks would be read before they are there."""
+    prompt = prompt_tokens(2300, 1100)
+    other = [*prompt[:1000], *prompt_tokens(2301, 20)]
+    engine.reset(external=True)
+    wanted = engine.ask(other)
+    engine.ask(prompt)
+    engine.reset()
+    if not is_evicted:
+        monkeypatch.setattr(InStepPolicy, "failed", lambda policy, blocks: None)
+    for tensor in engine.kv_tensors:
+        tensor.zero_()  # what the load leaves out is not what was there before
+    with failing(monkeypatch):
+        running = {engine.add(prompt): _running()}
+        engine.step(running)
+        late = engine.add(other)
+        running[late] = _running()
+        while any(request.final is None for request in running.values()):
+            engine.step(running)
+    engine.settle()
+    found = tuple(running[late].final.outputs[0].token_ids)
+    assert (found == wanted.token_ids) == is_evicted
+
+
+def _running() -> Any:
+    from tests.e2e.engine import _Running
+
+    return _Running()
+
+
 def test_others_in_the_engine_are_not_held(engine: Engine, layerwise_loads: list[int]) -> None:
     prompts = [prompt_tokens(2400 + i, 500) for i in range(3)]
     engine.reset(external=True)
@@ -179,3 +213,33 @@ def test_others_in_the_engine_are_not_held(engine: Engine, layerwise_loads: list
     assert [answer.token_ids for answer in again] == [answer.token_ids for answer in first]
     assert all(answer.external_tokens for answer in again)
     assert not layerwise_loads
+
+
+def test_abort_and_preemption(engine: Engine, layerwise_loads: list[int]) -> None:
+    """A request that is aborted right after its load's step; and one that was preempted, whose blocks come back when it is alone again."""
+    aborted = prompt_tokens(2500, 1000)
+    engine.reset(external=True)
+    engine.ask(aborted)
+    engine.reset()
+    request = engine.add(aborted)
+    engine.step()
+    assert len(layerwise_loads) == 1
+    engine.abort(request)
+    engine.settle()
+    assert engine.free_blocks() == DEVICE_BLOCKS - 1  # vLLM keeps block 0 for itself
+    engine.check_integrity()
+
+    prompts = [prompt_tokens(2510 + i, 18 * BLOCK_TOKENS + 30) for i in range(2)]  # 19 blocks, then 20
+    engine.reset(external=True)
+    wanted = [engine.ask(prompt, 60) for prompt in prompts]
+    engine.reset(external=True)
+    del layerwise_loads[:]
+    running = {engine.add(prompt, 60): _running() for prompt in prompts}
+    while any(request.final is None for request in running.values()):
+        engine.step(running)
+    engine.settle()
+    found = [tuple(request.final.outputs[0].token_ids) for request in running.values()]
+    assert found == [answer.token_ids for answer in wanted]
+    assert sum(request.preemptions for request in running.values()) > 0, "the test needs a preemption"
+    assert layerwise_loads, "the preempted request was alone when it came back"
+    engine.check_integrity()

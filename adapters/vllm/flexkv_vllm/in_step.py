@@ -2,8 +2,8 @@
 
 vLLM calls them synchronous. What makes them right:
 
-- A block that fails is told before the step's results are used: the workers wait for every such load's end before they report, and vLLM
-  then discards what the request computed, and computes it again from the first block that is missing.
+- A block that fails is told before the step's results are used: the workers wait for every such load's end, its checksums included, before
+  they report, and vLLM then discards what the request computed, and computes it again from the first block that is missing.
 - That holds where one step is under way at a time: not with asynchronous scheduling, nor with pipeline stages.
 - vLLM enters the blocks of such a request in its prefix cache when it takes them. After a failure, others could find them there and read
   them before they are computed again. So the request must be the only one that can be scheduled in this step for the first time, and
@@ -128,6 +128,8 @@ class InStepLoads:
             return set()
         assert self._engine is not None
         timeout_s = END_TIMEOUTS * self._timeout_s
+        if not self._engine.drain(self._running, 0):
+            self._engine.help(timeout_s)  # with what is still to be checked
         if not self._engine.drain(self._running, timeout_s):
             raise RuntimeError(
                 f"FlexKV: a load did not end within {timeout_s:g} s; the device may still write"

@@ -198,7 +198,7 @@ class SchedulerSide:
             self._loads_in_step.add(request.request_id)
         if count:
             state.loading = task_id
-            delivery = Delivery.LAYERWISE if state.is_in_step else Delivery.WHOLE
+            delivery = Delivery.TENTATIVE if state.is_in_step else Delivery.WHOLE
             self.manager.launch_blocks(task_id, found, delivery)
         if count < state.hit_blocks - start:
             # Less than was promised: host memory has no room for what the SSD holds. The rest counts as failed and is computed.

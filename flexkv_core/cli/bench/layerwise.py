@@ -84,6 +84,10 @@ def _measure(dtype: str, value_bytes: int, pairs: int) -> dict[str, list[float]]
                     ttft_ms = _ask(client, prompts[side])
                     if pair >= 0:
                         times_ms[side].append(ttft_ms)
+            time.sleep(1)  # counters come with the steps
+            loads = client.metrics().total("vllm:flexkv_layerwise_loads_total")
+    if loads != _WARM_UP_PAIRS + pairs:
+        raise RuntimeError(f"{loads:g} loads were layerwise, expected {_WARM_UP_PAIRS + pairs}")
     return times_ms
 
 

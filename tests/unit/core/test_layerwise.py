@@ -111,6 +111,37 @@ def test_damage_is_told_before_the_first_layer_and_the_rest_arrives(rig: LayerRi
     assert rig.wait(LAYERS) is LayerStatus.FAILED
 
 
+def test_a_tentative_load_is_checked_last(rig: LayerRig) -> None:
+    """Its layers come first; the damage is told before it is reported, and nothing of the block counts."""
+    rig.host.checksums[5, 0] ^= 1
+    checked = threading.Event()
+    matches = rig.host.matches
+
+    def late(*arguments: object) -> object:
+        assert checked.wait(TIMEOUT_S)
+        return matches(*arguments)
+
+    rig.host.matches = late  # type: ignore[method-assign]
+    rig.engine.submit(replace(rig.load(), delivery=Delivery.TENTATIVE))
+    rig.engine.submit(rig.op(3, Direction.STORE))
+    layers = rig.engine._layers
+    assert layers.wait(2, LAYERS, TIMEOUT_S)[0] is LayerStatus.READY
+    assert layers.wait(2, 0, 0)[0] is LayerStatus.LATE
+    assert rig.results.empty()
+    checked.set()
+    assert rig.engine.drain([2], TIMEOUT_S)
+    assert rig.wait(LAYERS) is LayerStatus.FAILED
+    assert np.flatnonzero(~rig.results.get(timeout=TIMEOUT_S).ok).tolist() == [5]
+
+
+def test_a_tentative_load_that_is_whole(rig: LayerRig) -> None:
+    rig.engine.submit(replace(rig.load(), delivery=Delivery.TENTATIVE))
+    assert rig.wait(LAYERS) is LayerStatus.READY
+    assert all(rig.layer_is_there(layer) for layer in range(LAYERS))
+    assert rig.wait(0) is LayerStatus.READY
+    assert rig.results.get(timeout=TIMEOUT_S).ok.all()
+
+
 def test_a_copy_that_fails_between_two_layers_fails_the_load(rig: LayerRig) -> None:
     def fail(layer: int) -> None:
         if layer == 1:
@@ -264,6 +295,7 @@ def test_a_caller_of_the_token_api_awaits_layers_by_its_counter() -> None:
     assert all(torch.equal(tensor, before) for tensor, before in zip(device.tensors, stored, strict=True))
     assert manager.wait_layers(3, counter_id=8, timeout=0)  # nothing was launched under it
     assert {response.status for response in manager.wait(tasks).values()} == {KVResponseStatus.SUCCESS}
+    assert manager.counters().layerwise_loads == 2
     manager.shutdown()
 
 
@@ -275,4 +307,5 @@ def test_a_put_that_is_launched_layerwise_is_a_put() -> None:
     manager.launch([task], [places([0])], layerwise_transfer=True)
     assert manager.wait(task)[task].status is KVResponseStatus.SUCCESS
     assert manager.wait_layers(1)
+    assert manager.counters().layerwise_loads == 0
     manager.shutdown()
