@@ -15,11 +15,12 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 
 from flexkv_core.cache.engine import GlobalCacheEngine
-from flexkv_core.cache.plans import GetPlan
+from flexkv_core.cache.plans import NO_SLOTS, GetPlan
 from flexkv_core.cache.tier_events import TierEvent
 from flexkv_core.config import FlexKVConfig
 from flexkv_core.errors import CapacityError, ClosedError
@@ -54,7 +55,7 @@ from flexkv_core.transfer.plan import (
     OpStatus,
     TransferOp,
 )
-from flexkv_core.types import KEY_BYTES, BlockIds, Direction, Tier
+from flexkv_core.types import KEY_BYTES, BlockIds, Direction, Slots, Tier
 from flexkv_core.verify import settle_check
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,12 @@ class ModelConfig:
     replica: int = 0
 
 
+def root_key(model_config: ModelConfig, namespace: str) -> bytes:
+    """The parent of every sequence's first key, 16 bytes. ``namespace``: the configuration's."""
+    identity = {**model_config.identity, "namespace": namespace, "layout": repr(model_config.layout)}
+    return fingerprint(identity)
+
+
 class BlockManager:
     """See the module's text.
 
@@ -89,6 +96,7 @@ class BlockManager:
         cache_config: the tiers and their limits.
         device: a copier of this process's device, or an executor that reaches other processes' devices.
         track_events: collect what comes to each tier and leaves it, for :meth:`take_events`.
+        first_task: numbers of tasks begin above it. Where other processes outlive a manager, no later one may use its numbers again.
     """
 
     def __init__(
@@ -97,16 +105,17 @@ class BlockManager:
         cache_config: FlexKVConfig,
         device: DeviceCopier | Executor,
         track_events: bool = False,
+        first_task: int = 0,
     ) -> None:
         self.layout = model_config.layout
         self.config = cache_config
         self._identity = {**model_config.identity, "namespace": cache_config.namespace}
-        self.root = fingerprint({**self._identity, "layout": repr(self.layout)})
-        self._executor: Executor = device if _is_executor(device) else _engine_for(device, cache_config)  # type: ignore[arg-type,assignment]
+        self.root = root_key(model_config, cache_config.namespace)
+        self._executor = executor_for(device, cache_config)
         self._slot_count = _slot_count(cache_config, self.layout)
         self._changed = threading.Condition(threading.RLock())
         self._tasks: OrderedDict[int, Task] = OrderedDict()
-        self._next_task_id = 0
+        self._next_task_id = first_task
         self._counters = Counters()
         self._host: HostSegment | None = None
         self._closed = False
@@ -268,6 +277,15 @@ class BlockManager:
         task = self._begin_put(keys, on_done)
         return task.task_id, task.start_block, task.block_count
 
+    def slots_of(self, task_id: int) -> tuple[Slots, Slots]:
+        """Of a task that was not launched, for who copies elsewhere: int32 [blocks], its host slots, and int32 [r], the indices of those
+        that a lower tier will fill after the launch. Empty when there is no such task."""
+        with self._changed:
+            task = self._tasks.get(task_id)
+            if task is None:
+                return NO_SLOTS, NO_SLOTS
+            return task.slots, task.plan.reads.index if isinstance(task.plan, GetPlan) else NO_SLOTS
+
     def launch_blocks(self, task_id: int, blocks: BlockIds, delivery: Delivery = Delivery.WHOLE) -> None:
         """Start a task's copy. ``blocks``: int64 [blocks of the task * blocks_per_slot], device blocks in order. ``delivery``: of a get."""
         with self._changed:
@@ -419,7 +437,8 @@ class BlockManager:
                 return
             task.ok, task.copied, task.copy_status, task.wrong = result.ok, True, result.status, result.wrong
             if task.purpose is Purpose.GET:
-                self._count(task, result)
+                size = self.layout.shard_bytes * self.layout.shard_count
+                self._counters.add_copy(task.direction, result, size)
             self._end_if_done(task)
 
     def _end_if_done(self, task: Task) -> None:
@@ -480,20 +499,6 @@ class BlockManager:
         if self._ssd is not None:
             self._ssd.write_behind()
 
-    def _count(self, task: Task, result: OpResult) -> None:
-        counters, blocks = self._counters, int(result.ok.sum())
-        size = self.layout.shard_bytes * self.layout.shard_count
-        if task.direction is Direction.LOAD:
-            counters.loaded_blocks += blocks
-            counters.loaded_bytes += blocks * size
-            counters.load_seconds += result.seconds
-            counters.failed_loads += result.status is OpStatus.FAILED
-        else:
-            counters.stored_blocks += blocks
-            counters.stored_bytes += blocks * size
-            counters.store_seconds += result.seconds
-            counters.failed_stores += result.status is OpStatus.FAILED
-
 
 def _slot_count(config: FlexKVConfig, layout: KVLayout) -> int:
     count = slots_within(int(config.host_bytes), layout)
@@ -505,14 +510,13 @@ def _slot_count(config: FlexKVConfig, layout: KVLayout) -> int:
     return count
 
 
-def _engine_for(copier: DeviceCopier, config: FlexKVConfig) -> TransferEngine:
+def executor_for(device: DeviceCopier | Executor, config: FlexKVConfig) -> Executor:
+    """``device`` itself where it is an executor, otherwise a new engine that copies with it."""
+    if hasattr(device, "submit"):
+        return cast(Executor, device)
     return TransferEngine(
-        copier,
+        device,
         queue_ops_max=config.queue_ops_max,
         timeout_s=config.transfer_timeout_s,
         verify=config.verify_checksums,
     )
-
-
-def _is_executor(device: object) -> bool:
-    return hasattr(device, "submit")

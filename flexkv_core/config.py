@@ -305,6 +305,29 @@ class FlexKVConfig(BaseSettings):
             raise ValueError("not an absolute path")
         return file
 
+    server: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Socket of a `flexkv serve` whose tiers are used instead of own ones; without an answer everything is computed.",
+        json_schema_extra=_allowed("absolute path") | {"default": "none: tiers of its own"},
+    )
+
+    server_deadline_ms: float = Field(
+        default=5.0,
+        gt=0,
+        le=1000,
+        allow_inf_nan=False,
+        description="How long a lookup waits for the server; what is not back by then is a miss.",
+        json_schema_extra=_allowed("number > 0, at most 1000"),
+    )
+
+    @field_validator("server")
+    @classmethod
+    def _absolute_socket(cls, path: str | None) -> str | None:
+        if path is not None and not Path(path).is_absolute():
+            raise ValueError(f"{path!r} is not an absolute path")
+        return path
+
     @field_validator("ssd_dirs")
     @classmethod
     def _absolute(cls, directories: list[str]) -> list[str]:
@@ -398,6 +421,13 @@ def cache_dir() -> Path:
 def child_environment(defaults: Mapping[str, str]) -> dict[str, str]:
     """This process's environment for one that it starts, with ``defaults`` for what the user did not set."""
     return {**defaults, **os.environ}
+
+
+def default_socket() -> Path:
+    """Where ``flexkv serve`` listens unless it is told: in a folder of the user's own, which the system or the server makes with mode 0700."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    folder = Path(runtime) / "flexkv" if runtime else Path(f"/tmp/flexkv-{os.getuid()}")
+    return folder / "serve.sock"
 
 
 def markdown_table() -> str:

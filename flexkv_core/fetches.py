@@ -9,8 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from flexkv_core.block_manager import BlockManager
 from flexkv_core.config import FlexKVConfig
+from flexkv_core.manager import Blocks
 
 GRACE_S = 1.0
 """Beyond the manager's own deadlines: what is not over by then is not waited for."""
@@ -24,7 +24,7 @@ class Fetches:
     """
 
     def __init__(
-        self, manager: BlockManager, report: Callable[[Callable[[], None]], None], config: FlexKVConfig
+        self, manager: Blocks, report: Callable[[Callable[[], None]], None], config: FlexKVConfig
     ) -> None:
         self._manager = manager
         self._report = report

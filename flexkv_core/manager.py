@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -83,6 +83,9 @@ class Blocks(Protocol):
 
     def prefetch_keys(self, keys: bytes, start_block: int, on_done: OnDone) -> tuple[int, int]:
         """Read ahead; the task and how many blocks are read. With blocks but no reads it reports before it returns."""
+
+    def fetch_keys(self, keys: bytes, on_end: Callable[[], None]) -> bool:
+        """Bring what only the remote tier has to the host tier; whether ``on_end`` will be called."""
 
     def put_keys(self, keys: bytes, on_done: OnDone) -> tuple[int, int, int]:
         """Reserve; the task, its first block and how many blocks."""

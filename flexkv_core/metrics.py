@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 
+from flexkv_core.transfer.plan import OpResult, OpStatus
+from flexkv_core.types import Direction
+
 
 @dataclass
 class Counters:
@@ -43,6 +46,20 @@ class Counters:
     verify_checked: int = 0  # blocks of sampled hits that were compared with what the engine computed anew
     verify_mismatches: int = 0  # of those, blocks that were wrong; each left all tiers
     verify_skipped: int = 0  # blocks of sampled hits that could not be compared
+
+    def add_copy(self, direction: Direction, result: OpResult, block_bytes: int) -> None:
+        """Count a copy that has ended."""
+        blocks = int(result.ok.sum())
+        if direction is Direction.LOAD:
+            self.loaded_blocks += blocks
+            self.loaded_bytes += blocks * block_bytes
+            self.load_seconds += result.seconds
+            self.failed_loads += result.status is OpStatus.FAILED
+        else:
+            self.stored_blocks += blocks
+            self.stored_bytes += blocks * block_bytes
+            self.store_seconds += result.seconds
+            self.failed_stores += result.status is OpStatus.FAILED
 
     def as_dict(self) -> dict[str, int | float]:
         """The counters by name."""

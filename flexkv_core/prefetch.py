@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 
-from flexkv_core.block_manager import BlockManager
+from flexkv_core.manager import Blocks
 from flexkv_core.tasks import TaskDone
 from flexkv_core.types import KEY_BYTES
 
@@ -51,13 +51,12 @@ class Prefetcher:
     """
 
     def __init__(
-        self, manager: BlockManager, report: Callable[[Callable[[], None]], None], timeout_s: float
+        self, manager: Blocks, report: Callable[[Callable[[], None]], None], timeout_s: float
     ) -> None:
         self._manager = manager
         self._report = report
         self._timeout_s = timeout_s
         self._piece_blocks = max(1, PIECE_BYTES // manager.layout.slot_bytes)
-        self._budget = manager.usage()[1] // HOST_SHARE
         self._waiting: OrderedDict[str, _Waiting] = OrderedDict()
 
     def add(self, request_id: str, make_keys: Callable[[], bytes]) -> None:
@@ -84,7 +83,7 @@ class Prefetcher:
 
     def start(self) -> None:
         """A scheduling step is over: read for those that it left waiting, in their order."""
-        reading, room = 0, self._budget
+        reading, room = 0, self._manager.usage()[1] // HOST_SHARE
         for request_id, waiting in islice(self._waiting.items(), LOOKAHEAD_MAX):
             if reading >= REQUESTS_MAX or room <= 0:
                 return

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from flexkv_core.cli.bench import BENCHES, results_table, run_bench, write_json
 from flexkv_core.cli.patch.command import app as patch_app
-from flexkv_core.config import FlexKVConfig, Setting, effective_settings, markdown_table
+from flexkv_core.config import FlexKVConfig, Setting, default_socket, effective_settings, markdown_table
 from flexkv_core.errors import ConfigError
 
 app = typer.Typer(
@@ -99,6 +99,45 @@ def fsck(
     if remove_others:
         raise typer.Exit(run_remove_others(directory, as_json))
     raise typer.Exit(run_fsck(directory, repair, as_json))
+
+
+@app.command()
+def serve(
+    socket: Annotated[Path | None, typer.Option("--socket", help="Listen on this unix socket.")] = None,
+    host_bytes: Annotated[
+        str | None, typer.Option("--host-bytes", help='Size of the host tier, such as "64GiB".')
+    ] = None,
+    ssd_dirs: Annotated[
+        list[Path] | None, typer.Option("--ssd-dirs", help="A directory of the SSD tier; may be repeated.")
+    ] = None,
+    ssd_bytes: Annotated[
+        str | None, typer.Option("--ssd-bytes", help="What the SSD tier takes in each directory.")
+    ] = None,
+    models: Annotated[
+        int, typer.Option("--models", min=1, max=16, help="Models to hold; the memory is divided among them.")
+    ] = 1,
+) -> None:
+    """Keep one cache for several engines of this machine; each names the socket as its `server`. Other settings come from the environment and
+    FLEXKV_CONFIG_PATH."""
+    from flexkv_core.cli.serve import run_serve
+
+    overrides = {
+        "host_bytes": host_bytes,
+        "ssd_dirs": [str(directory) for directory in ssd_dirs] if ssd_dirs else None,
+        "ssd_bytes": ssd_bytes,
+    }
+    raise typer.Exit(run_serve(socket or default_socket(), models, overrides))
+
+
+@app.command()
+def status(
+    socket: Annotated[Path | None, typer.Option("--socket", help="Of the server.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show what a running `flexkv serve` holds, and for whom."""
+    from flexkv_core.cli.serve import run_status
+
+    raise typer.Exit(run_status(socket or default_socket(), as_json))
 
 
 def _settings_table(settings: list[Setting]) -> Table:

@@ -2,7 +2,7 @@
 
 The segment is a ``memfd``: it has no name in any file system, so the kernel frees it when the last process that maps it ends, however
 that ends. Other processes of the same user map it through ``/proc/<pid>/fd/<fd>``, or get the descriptor over a unix socket. Neither
-the size of ``/dev/shm`` nor a container's limit on it applies.
+the size of ``/dev/shm`` nor a container's limit on it applies. Its size is sealed: nobody can cut it under those who map it.
 
 ::
 
@@ -12,6 +12,8 @@ the size of ``/dev/shm`` nor a container's limit on it applies.
 from __future__ import annotations
 
 import ctypes
+import errno
+import fcntl
 import logging
 import mmap
 import os
@@ -38,14 +40,44 @@ _HEADROOM_BYTES = 256 << 20  # left to the rest of the machine when a segment's 
 
 
 @dataclass(frozen=True)
-class SegmentHandle:
-    """What another process of the same user needs to map the segment."""
+class Descriptor:
+    """An open file of another process of the same user. ``inode`` tells it from what its number may stand for later."""
 
     pid: int
     fd: int
+    inode: int
+
+    @classmethod
+    def own(cls, fd: int) -> Descriptor:
+        """Of this process."""
+        return cls(os.getpid(), fd, os.fstat(fd).st_ino)
+
+    def open(self, flags: int) -> int:
+        """Open the same file here.
+
+        Raises:
+            OSError: its process is gone, has closed it, or may not be looked at.
+        """
+        fd = os.open(f"/proc/{self.pid}/fd/{self.fd}", flags | os.O_CLOEXEC)
+        if os.fstat(fd).st_ino != self.inode:
+            os.close(fd)
+            raise FileNotFoundError(errno.ENOENT, "its owner has closed it")
+        return fd
+
+
+@dataclass(frozen=True)
+class SegmentHandle:
+    """What another process of the same user needs to map the segment.
+
+    ``lifeline``: the writing end of a pipe, where the segment belongs to a server. Whoever maps the segment holds it open meanwhile, so that
+    the server, at the other end, knows when nobody can reach the slots any more.
+    """
+
+    memory: Descriptor
     slot_count: int
     layout: KVLayout
     huge_pages: bool
+    lifeline: Descriptor | None = None
 
 
 class HostSegment:
@@ -61,13 +93,13 @@ class HostSegment:
 
     checksum_threads = 1
 
-    def __init__(
-        self, fd: int, slot_count: int, layout: KVLayout, huge_pages: bool, owner_pid: int, owner_fd: int
-    ) -> None:
+    def __init__(self, fd: int, handle: SegmentHandle, lifeline_fd: int = -1) -> None:
+        slot_count, layout = handle.slot_count, handle.layout
         self.slot_count = slot_count
         self.layout = layout
-        self.handle = SegmentHandle(owner_pid, owner_fd, slot_count, layout, huge_pages)
+        self.handle = handle
         self._fd = fd
+        self._lifeline_fd = lifeline_fd
         self._closing = threading.Event()
         self._populator: threading.Thread | None = None
         header = header_bytes(slot_count, layout)
@@ -90,13 +122,29 @@ class HostSegment:
         """
         size = segment_bytes(slot_count, layout)
         check_capacity(size, huge_pages)
-        fd = os.memfd_create("flexkv-host-tier", os.MFD_CLOEXEC | (_MFD_HUGETLB_2MIB if huge_pages else 0))
+        pages = _MFD_HUGETLB_2MIB if huge_pages else 0
+        fd = os.memfd_create("flexkv-host-tier", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | pages)
         try:
             os.ftruncate(fd, size)
-            return cls(fd, slot_count, layout, huge_pages, os.getpid(), fd)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+            return cls(fd, SegmentHandle(Descriptor.own(fd), slot_count, layout, huge_pages))
         except OSError as error:
             os.close(fd)
             raise CapacityError(f"host_bytes: mapping {size} bytes failed: {error.strerror}") from error
+
+    @classmethod
+    def adopt(
+        cls, fd: int, lifeline_fd: int, slot_count: int, layout: KVLayout, huge_pages: bool
+    ) -> HostSegment:
+        """Map a segment whose descriptors a server has sent; both are closed by :meth:`close`, or when this raises.
+
+        Raises:
+            CapacityError: it is not of the size that was told, or cannot be mapped.
+        """
+        handle = SegmentHandle(
+            Descriptor.own(fd), slot_count, layout, huge_pages, Descriptor.own(lifeline_fd)
+        )
+        return cls._mapped(fd, handle, lifeline_fd)
 
     @classmethod
     def attach(cls, handle: SegmentHandle) -> HostSegment:
@@ -105,18 +153,33 @@ class HostSegment:
         Raises:
             CapacityError: its owner is gone, or this process may not open it.
         """
+        lifeline_fd = -1
         try:
-            fd = os.open(f"/proc/{handle.pid}/fd/{handle.fd}", os.O_RDWR | os.O_CLOEXEC)
+            if handle.lifeline is not None:  # first of all: there is no moment in which it is mapped without
+                lifeline_fd = handle.lifeline.open(os.O_WRONLY | os.O_NONBLOCK)
+            fd = handle.memory.open(os.O_RDWR)
         except OSError as error:
+            if lifeline_fd >= 0:
+                os.close(lifeline_fd)
             raise CapacityError(
-                f"host segment of process {handle.pid} cannot be opened: {error.strerror}; the engine's processes must run"
+                f"host segment of process {handle.memory.pid} cannot be opened: {error.strerror}; the engine's processes must run"
                 " on one machine as one user"
             ) from error
+        return cls._mapped(fd, handle, lifeline_fd)
+
+    @classmethod
+    def _mapped(cls, fd: int, handle: SegmentHandle, lifeline_fd: int) -> HostSegment:
         try:
-            return cls(fd, handle.slot_count, handle.layout, handle.huge_pages, handle.pid, handle.fd)
+            if os.fstat(fd).st_size < segment_bytes(handle.slot_count, handle.layout):
+                raise ValueError(f"it has {os.fstat(fd).st_size} bytes")
+            return cls(fd, handle, lifeline_fd)
         except (OSError, ValueError) as error:
             os.close(fd)
-            raise CapacityError(f"host segment of process {handle.pid} cannot be mapped: {error}") from error
+            if lifeline_fd >= 0:
+                os.close(lifeline_fd)
+            raise CapacityError(
+                f"host segment of process {handle.memory.pid} cannot be mapped: {error}"
+            ) from error
 
     def matches(self, slots: Slots, keys: bytes, shard: int) -> npt.NDArray[np.bool_]:
         """bool [n]: whether the bytes of a shard of ``slots``, which hold ``keys`` (16 * n bytes), still have their checksums. Reads
@@ -156,6 +219,9 @@ class HostSegment:
             self._map.close()
         except BufferError:  # a view is still alive: the mapping goes with the last of them
             logger.debug("host segment: still viewed at close")
+        if self._lifeline_fd >= 0:  # last of all
+            os.close(self._lifeline_fd)
+            self._lifeline_fd = -1
 
     def _populate(self) -> None:
         libc = ctypes.CDLL(None, use_errno=True)

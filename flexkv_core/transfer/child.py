@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from flexkv_core.errors import FlexKVError
 from flexkv_core.layout import KVLayout
-from flexkv_core.storage.memory import HostSegment
+from flexkv_core.storage.memory import Descriptor, HostSegment, SegmentHandle
 from flexkv_core.transfer.ring import COMMAND, COMPLETION, Ring, RingHandle
 
 logger = logging.getLogger(__name__)
@@ -96,9 +96,8 @@ class Child:
     def attach_host(self, layout: KVLayout) -> HostSegment:
         """The host tier."""
         spec = self.spec
-        return HostSegment(
-            spec.host_fd, spec.host_slots, layout, spec.huge_pages, spec.parent_pid, spec.host_fd
-        )
+        handle = SegmentHandle(Descriptor.own(spec.host_fd), spec.host_slots, layout, spec.huge_pages)
+        return HostSegment(spec.host_fd, handle)
 
     def on_terminate(self, stop: Callable[[float], None]) -> None:
         """Have SIGTERM call ``stop`` with the deadline (time.monotonic()) of what is still done."""

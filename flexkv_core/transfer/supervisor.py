@@ -98,7 +98,7 @@ class Supervised:
         on_tick: Callable[[], None],
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        assert host.handle.pid == os.getpid(), "the host segment belongs to another process"
+        assert host.handle.memory.pid == os.getpid(), "the host segment belongs to another process"
         self.restarts = 0
         self._name = name
         self._worker = worker
@@ -363,7 +363,7 @@ class ProcessLink:
         self._status_fd, status_fd = os.pipe2(os.O_CLOEXEC)
         spec = WorkerSpec(
             settings=dict(settings),
-            host_fd=host.handle.fd,
+            host_fd=host.handle.memory.fd,
             host_slots=host.slot_count,
             huge_pages=host.handle.huge_pages,
             table_fd=table_fd,
@@ -373,7 +373,13 @@ class ProcessLink:
             parent_pid=os.getpid(),
             log_level=logger.getEffectiveLevel(),
         )
-        fds = {host.handle.fd, table_fd, status_fd, *self.commands.handle.fds, *self.completions.handle.fds}
+        fds = {
+            host.handle.memory.fd,
+            table_fd,
+            status_fd,
+            *self.commands.handle.fds,
+            *self.completions.handle.fds,
+        }
         try:
             self.process = subprocess.Popen(
                 # Not `-m`, which runs the module a second time: importing the package has imported it.

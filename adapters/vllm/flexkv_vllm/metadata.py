@@ -17,7 +17,7 @@ class StepMetadata(KVConnectorMetadata):
     """Scheduler -> workers.
 
     Attributes:
-        segment: the host tier's memory, mapped by a worker when it sees it first.
+        segment: the host tier's memory, mapped by a worker when it sees it first; None while there is none. All ops are for it.
         loads: request -> its load, started before the step's forward.
         stores: started after the step's forward.
         checks: started after the step's forward: the device blocks are compared with the slots, see ``flexkv_core/verify.py``.
@@ -28,7 +28,7 @@ class StepMetadata(KVConnectorMetadata):
         idle: the step computes nothing, so that a worker may wait a little for its copies.
     """
 
-    segment: SegmentHandle
+    segment: SegmentHandle | None
     loads: Mapping[str, TransferOp] = field(default_factory=dict)
     stores: tuple[TransferOp, ...] = ()
     checks: tuple[TransferOp, ...] = ()

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flexkv_core.block_manager import BlockManager, ModelConfig
+from flexkv_core.block_manager import ModelConfig
 from flexkv_core.config import FlexKVConfig
 from flexkv_core.fetches import Fetches
 from flexkv_core.keys import KeyChain, namespace_root
 from flexkv_core.prefetch import Prefetcher
+from flexkv_core.serve.choice import open_blocks
 from flexkv_core.tasks import KVResponseStatus, Purpose, TaskDone, prefix_length
 from flexkv_core.transfer.plan import Delivery, TransferOp
 from flexkv_core.types import KEY_BYTES, Direction
@@ -70,6 +71,7 @@ class _RequestState:
     is_sampled: bool | None = None  # None: it had no hit yet
     check: _Check | None = None
     loading: int | None = None  # the load under way
+    loading_blocks: tuple[int, ...] | None = None  # where to, while no worker knows of it
     load_failed: bool = False
     is_in_step: bool = False  # the load that was promised last is within its step
     restore_from: int | None = None  # after such a load failed: what was stored in its step is not there
@@ -105,7 +107,7 @@ class SchedulerSide:
             layout,
             replica=data_parallel_index(vllm_config.parallel_config),
         )
-        self.manager = BlockManager(model, config, self._executor, track_events=self.events.enabled)
+        self.manager = open_blocks(model, config, self._executor, track_events=self.events.enabled)
         self.manager.start()
         self._counters = self.manager.counters()
         self._requests: dict[str, _RequestState] = {}
@@ -116,12 +118,12 @@ class SchedulerSide:
         )  # what tasks report, on any thread, until the next call
         self._prefetcher = (
             Prefetcher(self.manager, self._ended.append, config.transfer_timeout_s)
-            if config.prefetch_queued and config.ssd_dirs
+            if config.prefetch_queued and (config.ssd_dirs or config.server)
             else None
         )
         self._fetches = (
             Fetches(self.manager, self._ended.append, config)
-            if config.remote_url and self._may_load
+            if (config.remote_url or config.server) and self._may_load
             else None
         )
 
@@ -198,6 +200,7 @@ class SchedulerSide:
             self._loads_in_step.add(request.request_id)
         if count:
             state.loading = task_id
+            state.loading_blocks = tuple(int(block) for block in found if block >= 0)
             delivery = Delivery.TENTATIVE if state.is_in_step else Delivery.WHOLE
             self.manager.launch_blocks(task_id, found, delivery)
         if count < state.hit_blocks - start:
@@ -221,8 +224,10 @@ class SchedulerSide:
         if self._prefetcher is not None:
             self._prefetcher.start()
         loads, stores, checks = self._ops()
+        self._take_ended()  # another server drops loads that no worker knows of: this step must not compute on them
+        is_used = loads or stores or checks or self.manager.is_ready()
         metadata = StepMetadata(
-            segment=self.manager.host.handle,
+            segment=self._executor.segment if is_used else None,
             loads=loads,
             stores=tuple(stores),
             checks=tuple(checks),
@@ -404,6 +409,8 @@ class SchedulerSide:
         copies = [op for op in ops if op.op_id not in self._checks]
         self._checks.clear()
         loads = {loads_by_task[op.op_id]: op for op in copies if op.direction is Direction.LOAD}
+        for request_id in loads:
+            self._requests[request_id].loading_blocks = None
         return loads, [op for op in copies if op.direction is Direction.STORE], checks
 
     def _load_ended(self, request_id: str, done: TaskDone) -> None:
@@ -411,6 +418,11 @@ class SchedulerSide:
         if state is None or state.loading != done.task_id:
             return
         state.loading = None
+        if (
+            state.loading_blocks is not None
+        ):  # it never got to the workers, and the engine waits for them to name it
+            self._unloadable[request_id] = self._unloadable.get(request_id, ()) + state.loading_blocks
+            state.loading_blocks = None
         if done.status is not KVResponseStatus.SUCCESS:
             self._load_failed(state)
         if state.request.is_finished():

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from flexkv_core.storage.memory import HostSegment
+from flexkv_core.storage.memory import HostSegment, SegmentHandle
 from flexkv_core.transfer.plan import OpResult, OpStatus, TransferOp
 from flexkv_core.types import Direction
 
@@ -28,10 +28,17 @@ class StepExecutor:
         self._waiting: dict[int, TransferOp] = {}
         self._sent: dict[int, TransferOp] = {}
         self._reports: dict[int, list[OpResult]] = {}
+        self.segment: SegmentHandle | None = None
+        """Where the slots of all ops lie that :meth:`take` gives; None before the start."""
 
     def start(self, host: HostSegment, on_result: Callable[[OpResult], None]) -> None:
-        """Remember whom to tell; the workers map ``host`` themselves."""
+        """Remember whom to tell; the workers map ``host`` themselves.
+
+        May be called again, with another segment: what waits is for slots of the one before, and is dropped."""
+        for op_id in list(self._waiting):
+            self.cancel(op_id)
         self._on_result = on_result
+        self.segment = host.handle
 
     def submit(self, op: TransferOp) -> None:
         """Keep ``op`` for the next step."""

@@ -18,7 +18,7 @@ import torch
 
 from flexkv_core.config import FlexKVConfig
 from flexkv_core.errors import FlexKVError
-from flexkv_core.storage.memory import HostSegment
+from flexkv_core.storage.memory import HostSegment, SegmentHandle
 from flexkv_core.transfer.engine import TransferEngine
 from flexkv_core.transfer.plan import DeviceCopier, OpResult, OpStatus, TransferOp
 from flexkv_core.verify import TOLERANCES, ShadowCopier
@@ -54,7 +54,7 @@ class WorkerSide:
         self._checker: TransferEngine | None = None
         self._shadow: ShadowCopier | None = None
         self._host: HostSegment | None = None
-        self._unusable = False
+        self._unusable: SegmentHandle | None = None  # could not be mapped
         self._changed = threading.Condition()
         self._unfinished: dict[int, TransferOp] = {}
         self._results: list[OpResult] = []
@@ -101,7 +101,9 @@ class WorkerSide:
                 self._spoiled |= metadata.wait_before & self._unfinished.keys()
 
     def start_loads(self, metadata: StepMetadata) -> None:
-        """Submit the step's loads."""
+        """Submit the step's loads, to another segment if there is one since the last step."""
+        if self._host is not None and self._host.handle != metadata.segment:
+            self._leave_segment(metadata.segment)
         self._step_failed = False
         for request_id, blocks in metadata.unloadable.items():
             self._failed_blocks.update(blocks)
@@ -165,12 +167,7 @@ class WorkerSide:
 
     def shutdown(self) -> None:
         """End the transfers and unmap the host tier."""
-        if self._engine is not None:
-            self._engine.close()
-        if self._checker is not None:
-            self._checker.close()
-        if self._host is not None:
-            self._host.close()
+        self._end_transfers()
 
     # Inside
 
@@ -185,10 +182,26 @@ class WorkerSide:
         else:
             engine.submit(op)
 
+    def _leave_segment(self, successor: SegmentHandle | None) -> None:
+        """The server of the segment is gone: unmap it. Without a successor not before its copies have ended; they may still be good."""
+        if successor is None and self._unfinished:
+            return
+        self._end_transfers()
+        self._engine = self._checker = self._host = None
+
+    def _end_transfers(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+        if self._checker is not None:
+            self._checker.close()
+        if self._host is not None:
+            self._host.close()
+
     def _start_engine(self, metadata: StepMetadata) -> TransferEngine | None:
-        """Map the host tier and start the transfer thread; None for ever when that fails."""
-        if self._unusable or self._copier is None:
+        """Map the host tier and start the transfer thread; None, and never again for this segment, when that fails."""
+        if self._copier is None or metadata.segment is None or metadata.segment == self._unusable:
             return None
+        host: HostSegment | None = None
         try:
             host = HostSegment.attach(metadata.segment)
             engine = TransferEngine(
@@ -201,7 +214,9 @@ class WorkerSide:
             engine.start(host, self._on_result)
         except FlexKVError:
             logger.exception("FlexKV is off in this worker; every request is computed")
-            self._unusable = True
+            self._unusable = metadata.segment
+            if host is not None:
+                host.close()
             return None
         host.populate()
         self._host, self._engine = host, engine

@@ -90,6 +90,15 @@ BENCHES: dict[str, Bench] = {
             for figure in ("throughput", "ttft")
         },
     ),
+    "shared": Bench(
+        "flexkv_core.cli.bench.shared",
+        "lookups of eight clients on one flexkv serve, and with one of them stopped",
+        {
+            "match_p50_us": Bar("<=", 300),
+            "match_p99_us": Bar("<=", 1000),
+            "stopped_client_p99_ratio": Bar("<=", 1.2),
+        },
+    ),
     "overhead": Bench(
         "flexkv_core.cli.bench.overhead",
         "time to first token of requests that miss, two real vLLM servers in turns, with and without FlexKV",

@@ -81,7 +81,7 @@ def test_huge_pages_back_the_segment() -> None:
 def test_attach_to_a_process_that_is_gone() -> None:
     child = subprocess.Popen([sys.executable, "-c", "pass"])
     child.wait()
-    handle = memory.SegmentHandle(child.pid, 3, 8, LAYOUT, False)
+    handle = memory.SegmentHandle(memory.Descriptor(child.pid, 3, 1), 8, LAYOUT, False)
     with pytest.raises(CapacityError, match="cannot be opened"):
         HostSegment.attach(handle)
 
@@ -108,7 +108,7 @@ def test_nothing_is_left_after_sigkill() -> None:
         "segment = HostSegment.create(4000, KVLayout(16, 16, 5000))\n"
         "segment.populate()\n"
         "segment._populator.join()\n"
-        "print(os.fstat(segment.handle.fd).st_ino, flush=True)\n"
+        "print(os.fstat(segment.handle.memory.fd).st_ino, flush=True)\n"
         "time.sleep(60)"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

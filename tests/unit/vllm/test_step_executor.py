@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -14,7 +16,8 @@ class Rig:
     def __init__(self, ranks: int, stores_max: int = 8) -> None:
         self.results: list[OpResult] = []
         self.executor = StepExecutor(ranks, stores_max)
-        self.executor.start(None, self.results.append)  # type: ignore[arg-type]
+        self.host = SimpleNamespace(handle="segment")
+        self.executor.start(self.host, self.results.append)  # type: ignore[arg-type]
 
 
 def op(op_id: int, direction: Direction = Direction.STORE, count: int = 2) -> TransferOp:
@@ -87,3 +90,16 @@ def test_close_ends_everything_and_late_reports_are_ignored() -> None:
         (2, OpStatus.CANCELLED),
         (1, OpStatus.CANCELLED),
     ]
+
+
+def test_another_segment_drops_what_waits_and_keeps_what_was_sent() -> None:
+    """Slots are numbers: an op that a worker has not seen must never meet the segment that came after its own."""
+    rig = Rig(1)
+    rig.executor.submit(op(1))
+    rig.executor.take()
+    rig.executor.submit(op(2, Direction.LOAD))
+    rig.executor.start(SimpleNamespace(handle="another"), rig.results.append)  # type: ignore[arg-type]
+    assert [(ended.op_id, ended.status) for ended in rig.results] == [(2, OpStatus.CANCELLED)]
+    assert (rig.executor.take(), rig.executor.segment) == ([], "another")
+    rig.executor.report(1, [result(1, [True, True])])
+    assert rig.results[-1].op_id == 1
