@@ -20,7 +20,7 @@ from typing import cast
 import numpy as np
 
 from flexkv_core.cache.engine import GlobalCacheEngine
-from flexkv_core.cache.plans import NO_SLOTS, GetPlan
+from flexkv_core.cache.plans import GetPlan
 from flexkv_core.cache.tier_events import TierEvent
 from flexkv_core.config import FlexKVConfig
 from flexkv_core.errors import CapacityError, ClosedError
