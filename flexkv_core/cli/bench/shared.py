@@ -6,7 +6,6 @@ tokens are hashed before; what is measured is the call, with 131,072 tokens' key
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -14,12 +13,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from flexkv_core.block_manager import ModelConfig
+from flexkv_core.cli.harness.cache_server import CacheServer
 from flexkv_core.config import FlexKVConfig
 from flexkv_core.layout import KVLayout
 from flexkv_core.serve.client import SharedBlocks
@@ -34,14 +33,18 @@ _PHASE_S = 6.0
 _ROUNDS = 3
 _START_S = 60.0
 _MODEL = ModelConfig({"model": "bench"}, KVLayout(_BLOCK_TOKENS, _BLOCK_TOKENS, 4096))
+_HOST_BYTES = 2 * _BLOCKS * (_MODEL.layout.slot_bytes + 12) + (2 << 20)
 
 
 def run(quick: bool = False) -> dict[str, float | bool]:
     """``match_p50_us`` and ``match_p99_us`` with all clients; ``stopped_client_p99_ratio``: p99 of seven while the eighth is stopped, over p99 of
     these seven while it is not, medians of phases in turns; ``misses``: answers that were late or wrong."""
     phase_s, rounds = (0.5, 1) if quick else (_PHASE_S, _ROUNDS)
-    with _server() as socket:
-        clients = [_Client(socket, number) for number in range(CLIENTS)]
+    with (
+        tempfile.TemporaryDirectory(prefix="flexkv-bench-") as folder,
+        CacheServer(Path(folder), _HOST_BYTES) as server,
+    ):
+        clients = [_Client(server.socket, number) for number in range(CLIENTS)]
         try:
             for client in clients:
                 client.wait_ready()
@@ -114,36 +117,6 @@ class _Client:
         """End it."""
         self.process.kill()
         self.process.wait()
-
-
-@contextlib.contextmanager
-def _server() -> Iterator[Path]:
-    """A ``flexkv serve`` of its own."""
-    with tempfile.TemporaryDirectory(prefix="flexkv-bench-") as folder:
-        socket = Path(folder) / "serve.sock"
-        size = str((2 * _BLOCKS) * (_MODEL.layout.slot_bytes + 12) + (2 << 20))
-        command = [
-            sys.executable,
-            "-m",
-            "flexkv_core.cli",
-            "serve",
-            "--socket",
-            str(socket),
-            "--host-bytes",
-            size,
-        ]
-        with open(Path(folder) / "log", "w") as log:
-            server = subprocess.Popen(command, stderr=log)
-        try:
-            deadline = time.monotonic() + _START_S
-            while not socket.exists():
-                if time.monotonic() > deadline or server.poll() is not None:
-                    raise RuntimeError((Path(folder) / "log").read_text())
-                time.sleep(0.01)
-            yield socket
-        finally:
-            server.terminate()
-            server.wait()
 
 
 class _InstantExecutor:
