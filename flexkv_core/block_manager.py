@@ -231,8 +231,9 @@ class BlockManager:
 
     # By keys
 
-    def match_keys(self, keys: bytes) -> int:
-        """Blocks of the longest cached prefix of ``keys``; pins nothing, changes nothing."""
+    def match_keys(self, keys: bytes | memoryview) -> int:
+        """Blocks of the longest cached prefix of ``keys``; pins nothing, changes nothing. A view is read-only; what it shows may change
+        meanwhile."""
         with self._changed:
             return 0 if self._closed else self._cache.match(keys)
 

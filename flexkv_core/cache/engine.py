@@ -50,7 +50,7 @@ class GlobalCacheEngine:
 
     # ---- looking -------------------------------------------------------------------------------------------------------------
 
-    def match(self, keys: bytes) -> int:
+    def match(self, keys: bytes | memoryview) -> int:
         """Blocks of the longest published prefix over all tiers. Takes no lease and does not count as a use."""
         return self.index.match(keys, 0, None, Tier.HOST, False)[0]
 

@@ -61,7 +61,7 @@ class PyRunIndex:
     # ---- finding -------------------------------------------------------------------------------------------------------------
 
     def match(
-        self, keys: bytes, start: int, out: Slots | None, tier: int, through_writing: bool
+        self, keys: bytes | memoryview, start: int, out: Slots | None, tier: int, through_writing: bool
     ) -> tuple[int, int, int]:
         """Walk down along ``keys``.
 
@@ -78,7 +78,7 @@ class PyRunIndex:
         walked: list[Run] = []
         while position < total:
             begin = KEY_BYTES * position
-            run = find(keys[begin : begin + KEY_BYTES])
+            run = find(bytes(keys[begin : begin + KEY_BYTES]))
             # A head whose parent is not the run just left: the caller's keys are not chained. Stop rather than jump.
             if run is None or run.parent is not found or (run.writing and not through_writing):
                 break

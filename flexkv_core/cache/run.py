@@ -158,7 +158,7 @@ class Run:
         holes = np.flatnonzero(~held)
         return begin + int(holes[0]) if len(holes) else self.length
 
-    def agreement(self, keys: bytes, position: int, limit: int) -> int:
+    def agreement(self, keys: bytes | memoryview, position: int, limit: int) -> int:
         """How many of the first ``limit`` keys equal the query's from ``position`` on; the first one is known to be equal."""
         low, high = 1, limit
         while low < high:

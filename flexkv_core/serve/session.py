@@ -95,7 +95,7 @@ class Session:
         self.requests += 1
         manager = self.tenant.manager
         if kind is Kind.MATCH:
-            blocks = manager.match_keys(self.arena.read(unpack_asked(payload)[0]))
+            blocks = manager.match_keys(self.arena.look(unpack_asked(payload)[0]))
             self.calls.send(frame(kind, number, pack_count(blocks)))
         elif kind in (Kind.GET, Kind.PREFETCH, Kind.PUT):
             self.calls.send(frame(kind, number, *self._plan(kind, payload).pack()))
