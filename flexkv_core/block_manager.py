@@ -20,7 +20,7 @@ from typing import cast
 import numpy as np
 
 from flexkv_core.cache.engine import GlobalCacheEngine
-from flexkv_core.cache.plans import GetPlan
+from flexkv_core.cache.plans import GetPlan, PutPlan
 from flexkv_core.cache.tier_events import TierEvent
 from flexkv_core.config import FlexKVConfig
 from flexkv_core.errors import CapacityError, ClosedError
@@ -286,6 +286,13 @@ class BlockManager:
             if task is None:
                 return NO_SLOTS, NO_SLOTS
             return task.slots, task.plan.reads.index if isinstance(task.plan, GetPlan) else NO_SLOTS
+
+    def disown(self, task_id: int) -> None:
+        """Nothing was heard of a put for long: others may put its blocks anew. Its slots stay its own until it ends, then return."""
+        with self._changed:
+            task = self._tasks.get(task_id)
+            if task is not None and isinstance(task.plan, PutPlan):
+                self._cache.disown_put(task.plan)
 
     def launch_blocks(self, task_id: int, blocks: BlockIds, delivery: Delivery = Delivery.WHOLE) -> None:
         """Start a task's copy. ``blocks``: int64 [blocks of the task * blocks_per_slot], device blocks in order. ``delivery``: of a get."""

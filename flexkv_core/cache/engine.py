@@ -254,6 +254,13 @@ class GlobalCacheEngine:
         self.stats.blocks_dropped += putting.blocks - keep
         return keep
 
+    def disown_put(self, plan: PutPlan) -> None:
+        """It takes too long: the plan's blocks leave as with ``abort_put``, so that others may put them anew, but the slots stay the plan's
+        until it ends, and nothing is published then."""
+        putting = None if plan.lease is None else self._leases.puts.get(plan.lease.lease_id)
+        if putting is not None and not self._is_detached(putting.run):
+            self._drop_tail(putting, 0)
+
     def abort_put(self, plan: PutPlan) -> None:
         """Nothing was written, or not all: the plan's blocks leave, with whatever was put below them, and the slots return."""
         putting = self._end_put(plan)

@@ -48,11 +48,16 @@ class Address:
             os.close(self._lock_fd)
             raise
 
+    def stop_listening(self) -> None:
+        """Remove the socket; no other server may begin here yet. A second call does nothing."""
+        if self.listener.fileno() >= 0:
+            self.listener.close()
+            with contextlib.suppress(FileNotFoundError):
+                self.path.unlink()
+
     def close(self) -> None:
-        """Stop listening and remove the socket."""
-        self.listener.close()
-        with contextlib.suppress(FileNotFoundError):
-            self.path.unlink()
+        """Leave the place to another server."""
+        self.stop_listening()
         os.close(self._lock_fd)
 
     def _check(self) -> None:

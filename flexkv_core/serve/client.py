@@ -40,7 +40,16 @@ from flexkv_core.serve.wire import (
 from flexkv_core.storage.memory import HostSegment, arrival_mark
 from flexkv_core.tasks import KVResponseStatus, OnDone, Purpose, TaskDone
 from flexkv_core.transfer.backoff import Backoff
-from flexkv_core.transfer.plan import DeviceCopier, Executor, OpResult, OpStatus, TransferOp
+from flexkv_core.transfer.layers import LayerStatus
+from flexkv_core.transfer.plan import (
+    Delivery,
+    DeviceCopier,
+    Executor,
+    LayerwiseExecutor,
+    OpResult,
+    OpStatus,
+    TransferOp,
+)
 from flexkv_core.types import KEY_BYTES, BlockIds, Direction, Slots
 
 logger = logging.getLogger(__name__)
@@ -187,6 +196,10 @@ class SharedBlocks:
         found = link.call(Kind.MATCH, keys, self._deadline_s, unpack_count) if link is not None else None
         return min(found or 0, len(keys) // KEY_BYTES)
 
+    def is_in_host(self, keys: bytes, start_block: int) -> bool:
+        """Whether a load could be done within a step: never said of a server's memory."""
+        return False
+
     def get_keys(
         self, keys: bytes, start_block: int, on_done: OnDone, purpose: Purpose = Purpose.GET
     ) -> tuple[int, int]:
@@ -226,7 +239,7 @@ class SharedBlocks:
             self._counters.dropped_blocks += max(0, left)
         return planned.task_id, planned.start_block, task.blocks if task else 0
 
-    def launch_blocks(self, task_id: int, blocks: BlockIds) -> None:
+    def launch_blocks(self, task_id: int, blocks: BlockIds, delivery: Delivery = Delivery.WHOLE) -> None:
         """Start a task's copy. ``blocks``: int64 [blocks of the task * blocks_per_slot], device blocks in order."""
         with self._switch:
             task = self._tasks.get(task_id)
@@ -245,11 +258,19 @@ class SharedBlocks:
                     task.slots,
                     blocks,
                     awaited if len(task.reads) else None,
+                    delivery,
                 )
                 task.link.tell(Kind.LAUNCH, task_id)
                 self._executor.submit(op)
                 return
         self._finish(task, _cancelled(task))
+
+    def wait_layers(self, task_id: int, count: int, timeout_s: float) -> LayerStatus:
+        """Wait for the first ``count`` layers of a get with LAYERWISE delivery."""
+        executor = self._executor
+        if not isinstance(executor, LayerwiseExecutor):
+            return LayerStatus.FAILED
+        return executor.wait_layers(task_id, count, timeout_s)
 
     def cancel(self, task_id: int) -> None:
         """Give up a task. One that was not launched is forgotten and reports nothing; a copy that runs already ends first."""

@@ -267,6 +267,7 @@ class Server:
         now = time.monotonic()
         self._next_tick = now + _TICK_S
         for session in list(self._sessions.values()):
+            session.disown_old(now)
             if session.release_at is not None:
                 if session.release_at <= now:
                     del self._sessions[session.number]
@@ -322,6 +323,7 @@ class Server:
         for session in list(self._sessions.values()):
             self._disconnect(session, "the server ends")
         self._selector.close()
+        self._address.stop_listening()
         closing = threading.Thread(target=self._tenants.close, name="flexkv-close")
         closing.start()
         closing.join()

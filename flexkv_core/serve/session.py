@@ -41,6 +41,8 @@ _NONE: Slots = np.empty(0, np.int32)
 RELEASE_GRACE_S = 1.0
 """A process that is killed is out of its memory before its end of the pipe is closed; a copy that its device has under way is one piece of at
 most 48 MiB, milliseconds."""
+DISOWN_S = 10.0
+"""A put that has not ended for so long stays nobody's obstacle; most take milliseconds."""
 TASKS_MAX = 2048
 """Tasks of one session; more are refused, which makes misses. Times SESSIONS_MAX of the server this stays below what a manager keeps."""
 
@@ -53,6 +55,15 @@ class Tenant:
     manager: BlockManager
     relay: RelayExecutor
     sessions: int = 0
+
+
+@dataclass
+class _Open:
+    """A get or put that has not ended."""
+
+    blocks: int
+    since: float  # time.monotonic()
+    launched: bool = False
 
 
 @dataclass
@@ -77,8 +88,7 @@ class Session:
     requests: int = 0
     told_usage: tuple[int, int] = (-1, -1)
     reader: FrameReader = field(default_factory=lambda: FrameReader(GREETING_BYTES_MAX))
-    tasks: dict[int, int] = field(default_factory=dict)  # gets and puts that have not ended -> their blocks
-    launched: set[int] = field(default_factory=set)  # of these
+    tasks: dict[int, _Open] = field(default_factory=dict)  # gets and puts that have not ended
     prefetches: set[int] = field(default_factory=set)  # that have not ended
     fetches: set[int] = field(default_factory=set)  # that are waited for, by the client's numbers
     _done: deque[TaskDone | int] = field(default_factory=deque)  # and fetches
@@ -123,7 +133,6 @@ class Session:
                     self.events.send(frame(Kind.FETCHED, done))
                 continue
             is_known = self.tasks.pop(done.task_id, None) is not None or done.task_id in self.prefetches
-            self.launched.discard(done.task_id)
             self.prefetches.discard(done.task_id)
             if is_known and self.events is not None and self.is_connected:
                 self.events.send(frame(Kind.DONE, done.task_id, *pack_done(done)))
@@ -155,8 +164,15 @@ class Session:
                 self.tenant.relay.give_up(task_id)  # those that were launched
                 self.tenant.manager.cancel(task_id)  # the others
         self.tasks.clear()
-        self.launched.clear()
         return count
+
+    def disown_old(self, now: float) -> None:
+        """A client that is stopped must not keep others from storing what it was about to store."""
+        for task_id, task in self.tasks.items():
+            if now - task.since > DISOWN_S:
+                assert self.tenant is not None
+                self.tenant.manager.disown(task_id)
+                task.since = now
 
     def _plan(self, kind: Kind, payload: memoryview) -> Planned:
         assert self.tenant is not None
@@ -174,7 +190,7 @@ class Session:
             task_id, count = manager.get_keys(keys, start, self._ended, purpose)
         if not count:
             return Planned(task_id, start, _NONE, _NONE)
-        self.tasks[task_id] = count
+        self.tasks[task_id] = _Open(count, time.monotonic())
         slots, reads = manager.slots_of(task_id)
         return Planned(task_id, start, slots, reads)
 
@@ -203,12 +219,12 @@ class Session:
 
     def _launch(self, task_id: int) -> None:
         assert self.tenant is not None
-        count = self.tasks.get(task_id)
-        if count is None or task_id in self.launched:
+        task = self.tasks.get(task_id)
+        if task is None or task.launched:
             raise WireError(f"task {task_id} cannot be launched: it is not there, or was launched already")
-        self.launched.add(task_id)
+        task.launched = True
         layout = self.tenant.manager.layout
-        self.tenant.manager.launch_blocks(task_id, np.zeros(count * layout.blocks_per_slot, np.int64))
+        self.tenant.manager.launch_blocks(task_id, np.zeros(task.blocks * layout.blocks_per_slot, np.int64))
 
     def _take_result(self, task_id: int, payload: memoryview) -> None:
         assert self.tenant is not None
@@ -222,7 +238,7 @@ class Session:
     def _cancel(self, task_id: int) -> None:
         """Of one that was launched, only the client knows the end; a prefetch ends by itself."""
         assert self.tenant is not None
-        if task_id in self.tasks and task_id not in self.launched:
+        if task_id in self.tasks and not self.tasks[task_id].launched:
             self.tenant.manager.cancel(task_id)
             del self.tasks[task_id]
 

@@ -90,7 +90,7 @@ class Tenants:
     @property
     def all(self) -> Mapping[bytes, Tenant]:
         """Those that are ready, by their roots."""
-        return self._ready
+        return dict(self._ready)
 
     def find(self, greeting: Greeting) -> Tenant | None:
         """The greeting's; None while it starts, ``on_ready`` will be called.
@@ -118,13 +118,11 @@ class Tenants:
 
     def close(self) -> None:
         """Write what waits for the SSDs, at most ten seconds, and give the memory back."""
-        threads = [
-            *self._starting.values(),
-            *(threading.Thread(target=tenant.manager.shutdown) for tenant in self._ready.values()),
-        ]
+        for starting in list(self._starting.values()):
+            starting.join()
+        threads = [threading.Thread(target=tenant.manager.shutdown) for tenant in self._ready.values()]
         for thread in threads:
-            if not thread.is_alive():
-                thread.start()
+            thread.start()
         for thread in threads:
             thread.join()
 

@@ -158,10 +158,10 @@ def test_server_that_is_killed_is_found_again(socket: Path) -> None:
     with ServerProcess(socket) as server:
         client = client_here(socket)
         device = client._device
-        for round_number in range(3):
+        for round_number in range(2):
             load = Load(client, device, round_number)  # type: ignore[arg-type]
             wait_until(lambda load=load: load.tally.blocks > 20)
-            if round_number < 2:
+            if round_number < 1:
                 server.process.kill()
                 server.process.wait()
                 time.sleep(0.1)
@@ -228,6 +228,34 @@ def test_server_stops_within_its_time_and_is_warm_again(socket: Path, tmp_path: 
         assert user.get(keys).all()  # read by the server, copied here as it arrives
         assert user.tally.wrong == 0
         client.shutdown()
+
+
+def test_stopped_client_keeps_nobody_from_storing(socket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexkv_core.serve.session.DISOWN_S", 0.2)
+    with server_here(socket) as server:
+        stopped, other = client_here(socket), client_here(socket)
+        keys = chain_keys(other.root, 0)
+        task, _, count = stopped.put_keys(keys, lambda done: None)
+        assert count == CHAIN_BLOCKS_MAX
+        user = Client(other, other._device, 0)  # type: ignore[arg-type]
+        user.put(keys)
+        assert other.match_keys(keys) == 0  # it is being stored, as far as anybody knows
+
+        def stores() -> bool:
+            user.put(keys)
+            return other.match_keys(keys) == CHAIN_BLOCKS_MAX
+
+        wait_until(stores)
+        stopped.launch_blocks(
+            task, np.arange(CHAIN_BLOCKS_MAX)
+        )  # it goes on: into slots that are still its own
+        wait_until(lambda: not stopped._tasks)
+        assert user.get(keys).all()
+        assert user.tally.wrong == 0
+        for client in (stopped, other):
+            client.shutdown()
+        wait_until(lambda: not server._sessions)
+        assert leaked_slots(manager_of(server)) == 0
 
 
 def test_models_are_told_apart(socket: Path) -> None:

@@ -239,3 +239,22 @@ def test_recount_notices_damage(
     damage(engine, engine.index.find(keys[:KEY_BYTES]))
     with pytest.raises(AssertionError, match=message):
         engine.check_integrity()
+
+
+def test_disowned_put_makes_way_and_keeps_its_slots(make: Engine) -> None:
+    engine, longer = make(12), keys_of(6)
+    keys = longer[: 4 * KEY_BYTES]
+    slow, below = engine.plan_put(keys), engine.plan_put(longer)
+    assert (slow.count, below.start_block, below.count) == (4, 4, 2)
+    engine.disown_put(slow)
+    engine.check_integrity()
+    engine.abort_put(below)  # what was put below it left with it
+    again = engine.plan_put(keys)
+    assert again.start_block == 0
+    assert not set(again.slots.tolist()) & set(slow.slots.tolist())
+    assert engine.commit_put(again) == again.count == 4
+    engine.disown_put(slow)
+    assert engine.commit_put(slow) == 0  # it came after all: too late
+    engine.disown_put(slow)
+    engine.check_integrity()
+    assert (engine.match(keys), engine.used()) == (4, 4)
