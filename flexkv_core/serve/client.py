@@ -103,8 +103,7 @@ class SharedBlocks:
         self._path = Path(cache_config.server)
         self._deadline_s = cache_config.server_deadline_ms / 1e3
         self._model = model_config
-        self._device = device
-        self._executor: Executor | None = None
+        self._executor = executor_for(device, cache_config)
         self._switch = threading.RLock()  # the link in use, and what is submitted for it
         self._lock = threading.Lock()  # the tables; nothing is called under it
         self._link: Link | None = None
@@ -152,8 +151,7 @@ class SharedBlocks:
         if self._thread.is_alive():
             self._thread.join()
         with self._switch:
-            if self._executor is not None:
-                self._executor.close()
+            self._executor.close()
         for task in list(self._tasks.values()):
             self._finish(task, _cancelled(task))
         for host in self._hosts.values():
@@ -248,7 +246,7 @@ class SharedBlocks:
             assert not task.launched
             assert len(blocks) == task.blocks * self.layout.blocks_per_slot
             task.launched = True
-            if task.link is self._link and not task.link.is_broken and self._executor is not None:
+            if task.link is self._link and not task.link.is_broken:
                 awaited = np.zeros(task.blocks, np.bool_)
                 awaited[task.reads] = True
                 op = TransferOp(
@@ -282,7 +280,7 @@ class SharedBlocks:
                 del self._tasks[task_id]
         if not task.launched:
             task.link.tell(Kind.CANCEL, task_id)
-        elif self._executor is not None and task.purpose is not Purpose.PREFETCH:
+        elif task.purpose is not Purpose.PREFETCH:
             self._executor.cancel(task_id)
 
     # Inside
@@ -342,10 +340,12 @@ class SharedBlocks:
                 link.close()
                 return
             self._reset_owed = False
-            if self._executor is not None and self._executor is not self._device:
-                self._executor.close()  # the copier serves one segment at a time
-            self._executor = executor_for(self._device, self.config)
-            self._executor.start(link.host, self._on_result)
+            try:
+                self._executor.start(link.host, self._on_result)
+            except FlexKVError:
+                logger.exception("server %s: its memory cannot be used; requests are computed", self._path)
+                link.close()
+                return
             self._link = link
 
     def _on_result(self, result: OpResult) -> None:
@@ -493,9 +493,8 @@ class SharedBlocks:
             with self._switch:
                 if self._link is link:
                     self._link = None
-                    if self._executor is not None and self._executor is not self._device:
+                    if isinstance(self._executor, LayerwiseExecutor):  # it maps the segment in this process
                         self._executor.close()
-                    self._executor = None
                 if self._fresh is link:
                     self._fresh = None
             with self._lock:

@@ -92,7 +92,11 @@ class TransferEngine:
         self._thread: threading.Thread | None = None
 
     def start(self, host: HostSegment, on_result: Callable[[OpResult], None]) -> None:
-        """Bind the copier to ``host`` and start the thread; ``on_result`` is called on it."""
+        """Bind the copier to ``host`` and start the thread; ``on_result`` is called on it. Again, with another segment: end first, as
+        :meth:`close` does."""
+        if self._thread is not None:
+            self.close()
+            self._closed, self._arriving = False, []
         self._copier.bind(host, self._shard)
         self._piece_blocks = max(1, self._copier.store_piece_bytes // host.layout.shard_bytes)
         self._load_piece_blocks = max(1, LOAD_PIECE_BYTES // host.layout.shard_bytes)

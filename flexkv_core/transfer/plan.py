@@ -90,7 +90,8 @@ class OpResult:
 class Executor(Protocol):
     """Runs ops somewhere: on threads of this process, or on an engine's workers.
 
-    ``start`` comes first; ``host`` is the tier's memory. ``submit`` never blocks and takes ownership: it reports each op exactly once
+    ``start`` comes first; ``host`` is the tier's memory. It comes again, with another segment, when the tiers' server was started again: what
+    was not handed on is reported as cancelled, what runs elsewhere is reported when it ends. ``submit`` never blocks and takes ownership: it reports each op exactly once
     through ``on_result``, on any thread, possibly before it returns. ``cancel`` drops an op that has not started; its report still
     comes. After ``close`` returns no copy runs any more and every op has been reported.
     """

@@ -108,6 +108,13 @@ def client_here(socket: Path, device: NumpyDevice | None = None, **settings: obj
     return client
 
 
+def device_of(client: SharedBlocks) -> NumpyDevice:
+    """What :func:`client_here` was given."""
+    device = client._executor._copier  # type: ignore[attr-defined]
+    assert isinstance(device, NumpyDevice)
+    return device
+
+
 class ClientProcess:
     """A process that puts and gets without a pause and compares what it gets."""
 
@@ -190,8 +197,7 @@ def _put_and_wait(socket: str, folder: Path, holds: bool) -> None:
 
 def _load(socket: str, seed: int) -> None:
     client = client_here(Path(socket))
-    device = client._device
-    assert isinstance(device, NumpyDevice)
+    device = device_of(client)
     load = Load(client, device, seed, chains=40)  # type: ignore[arg-type]
     print("ready", flush=True)
     sys.stdin.readline()

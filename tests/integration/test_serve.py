@@ -30,6 +30,7 @@ from tests.integration.serving import (
     ClientProcess,
     ServerProcess,
     client_here,
+    device_of,
     environment,
     manager_of,
     server_here,
@@ -50,8 +51,8 @@ def test_one_client_finds_what_another_has_stored(socket: Path) -> None:
     with server_here(socket) as server:
         first, second = client_here(socket), client_here(socket)
         keys = chain_keys(first.root, 0)
-        Client(first, first._device, 0).put(keys)  # type: ignore[arg-type]
-        loader = Client(second, second._device, 0)  # type: ignore[arg-type]
+        Client(first, device_of(first), 0).put(keys)  # type: ignore[arg-type]
+        loader = Client(second, device_of(second), 0)  # type: ignore[arg-type]
         assert loader.get(keys).all()
         assert (loader.tally.blocks, loader.tally.wrong) == (CHAIN_BLOCKS_MAX, 0)
         assert (first.counters().stored_blocks, second.counters().stored_blocks) == (CHAIN_BLOCKS_MAX, 0)
@@ -157,7 +158,7 @@ class RecordingDevice(NumpyDevice):
 def test_server_that_is_killed_is_found_again(socket: Path) -> None:
     with ServerProcess(socket) as server:
         client = client_here(socket)
-        device = client._device
+        device = device_of(client)
         for round_number in range(2):
             load = Load(client, device, round_number)  # type: ignore[arg-type]
             wait_until(lambda load=load: load.tally.blocks > 20)
@@ -178,7 +179,7 @@ def test_stopped_server_costs_one_deadline(socket: Path) -> None:
     with ServerProcess(socket) as server:
         client = client_here(socket, server_deadline_ms=50)
         keys = chain_keys(client.root, 0)
-        user = Client(client, client._device, 0)  # type: ignore[arg-type]
+        user = Client(client, device_of(client), 0)  # type: ignore[arg-type]
         user.put(keys)
         wait_until(lambda: client.match_keys(keys) == CHAIN_BLOCKS_MAX)
         server.process.send_signal(signal.SIGSTOP)
@@ -197,7 +198,7 @@ def test_late_plan_is_given_back(socket: Path) -> None:
     with server_here(socket) as server:
         client = client_here(socket, server_deadline_ms=100)
         keys = chain_keys(client.root, 0)
-        Client(client, client._device, 0).put(keys)  # type: ignore[arg-type]
+        Client(client, device_of(client), 0).put(keys)  # type: ignore[arg-type]
         manager = manager_of(server)
         with manager._changed:  # the server cannot answer
             assert client.get_keys(keys, 0, lambda done: None)[1] == 0
@@ -214,7 +215,7 @@ def test_server_stops_within_its_time_and_is_warm_again(socket: Path, tmp_path: 
     arguments = ("--ssd-dirs", str(disk), "--ssd-bytes", "64MiB")
     with ServerProcess(socket, 100, *arguments) as server:
         client = client_here(socket)
-        user = Client(client, client._device, 0)  # type: ignore[arg-type]
+        user = Client(client, device_of(client), 0)  # type: ignore[arg-type]
         keys = chain_keys(client.root, 0)
         user.put(keys)
         wait_until(lambda: client.match_keys(keys) == CHAIN_BLOCKS_MAX)
@@ -237,7 +238,7 @@ def test_stopped_client_keeps_nobody_from_storing(socket: Path, monkeypatch: pyt
         keys = chain_keys(other.root, 0)
         task, _, count = stopped.put_keys(keys, lambda done: None)
         assert count == CHAIN_BLOCKS_MAX
-        user = Client(other, other._device, 0)  # type: ignore[arg-type]
+        user = Client(other, device_of(other), 0)  # type: ignore[arg-type]
         user.put(keys)
         assert other.match_keys(keys) == 0  # it is being stored, as far as anybody knows
 
@@ -269,7 +270,7 @@ def test_models_are_told_apart(socket: Path) -> None:
             if expected:
                 wait_until(lambda refused=refused: refused.match_keys(b"") == 0 and refused.is_ready())
             keys = chain_keys(refused.root, 0)
-            Client(refused, refused._device, 0).put(keys)  # type: ignore[arg-type]
+            Client(refused, device_of(refused), 0).put(keys)  # type: ignore[arg-type]
             assert refused.match_keys(keys) == expected
             assert first.match_keys(chain_keys(first.root, 0)) == first.match_keys(keys) == 0
             refused.shutdown()

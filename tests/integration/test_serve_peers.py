@@ -27,7 +27,7 @@ from flexkv_core.serve.tenants import Greeting
 from flexkv_core.serve.wire import HEADER, PAYLOAD_BYTES_MAX, Kind, frame, pack_asked, pack_result
 from flexkv_core.tasks import Purpose
 from flexkv_core.transfer.plan import OpResult, OpStatus
-from tests.integration.serving import MODEL, client_here, manager_of, server_here, wait_until
+from tests.integration.serving import MODEL, client_here, device_of, manager_of, server_here, wait_until
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
     path = tmp_path / "serve.sock"
     with server_here(path) as running:
         client = client_here(path)
-        user = Client(client, client._device, 0)  # type: ignore[arg-type]
+        user = Client(client, device_of(client), 0)  # type: ignore[arg-type]
         keys = chain_keys(client.root, 0)
         user.put(keys)
         yield running
