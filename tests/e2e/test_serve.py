@@ -26,7 +26,7 @@ def settings(socket: Path) -> dict[str, object]:
 @pytest.mark.hit
 def test_engines_share_and_outlive_their_server(llama: Path, tmp_path: Path) -> None:
     socket = tmp_path / "serve.sock"
-    with ServerProcess(socket) as server, Engine(llama, settings(socket)) as engine:
+    with ServerProcess(socket, slots=20_000) as server, Engine(llama, settings(socket)) as engine:
         cold = engine.ask(PROMPT)
         assert (cold.cached_tokens, cold.external_tokens) == (0, 0)
         second = second_engine(llama, socket)  # it starts with what the first has stored

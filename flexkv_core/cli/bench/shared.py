@@ -1,7 +1,7 @@
 """``flexkv bench shared``: lookups of eight clients on one ``flexkv serve``, and what a client that is stopped does to the others.
 
-Clients are processes of their own that keep to a timetable (open loop): a late answer delays no later request, and its lateness counts. The
-tokens are hashed before; what is measured is the call, with 131,072 tokens' keys, of which the server knows all.
+Clients are processes of their own that keep to a timetable (open loop): a late answer delays no later request, and its lateness counts. What
+is measured is the call with 131,072 tokens' keys, of which the server knows all; they come from a KeyChain as an adapter's do.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import numpy as np
 from flexkv_core.block_manager import ModelConfig
 from flexkv_core.cli.harness.cache_server import CacheServer
 from flexkv_core.config import FlexKVConfig
+from flexkv_core.keys import KeyChain
 from flexkv_core.layout import KVLayout
 from flexkv_core.serve.client import SharedBlocks
 from flexkv_core.storage.memory import HostSegment
 from flexkv_core.transfer.plan import OpResult, OpStatus, TransferOp
-from flexkv_core.types import KEY_BYTES
 
 CLIENTS = 8
 REQUESTS_A_SECOND = 200
@@ -140,8 +140,10 @@ def _client(socket: str, number: int) -> None:
     """The client's process: one line on stdin a phase, one on stdout."""
     blocks = SharedBlocks(_MODEL, FlexKVConfig(server=socket), _InstantExecutor())
     blocks.start()
-    keys = np.random.default_rng(0).bytes(KEY_BYTES * _BLOCKS)
-    _store(blocks, keys)
+    chain = KeyChain(blocks.root, _BLOCK_TOKENS)
+    tokens = _BLOCKS * _BLOCK_TOKENS
+    chain.extend(range(tokens), tokens)
+    _store(blocks, chain.keys(_BLOCKS))
     print("ready", flush=True)
     period = CLIENTS / REQUESTS_A_SECOND
     for line in sys.stdin:
@@ -153,6 +155,9 @@ def _client(socket: str, number: int) -> None:
             if due > time.monotonic():
                 time.sleep(due - time.monotonic())
                 asked = time.monotonic()
+            started = time.monotonic()
+            keys = chain.keys(_BLOCKS)
+            asked += time.monotonic() - started
             found = blocks.match_keys(keys)
             taken.append(time.monotonic() - asked)
             misses += found != _BLOCKS
