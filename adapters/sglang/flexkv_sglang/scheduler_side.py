@@ -21,11 +21,12 @@ from uuid import uuid4
 import numpy as np
 import numpy.typing as npt
 
-from flexkv_core.block_manager import BlockManager, ModelConfig
+from flexkv_core.block_manager import ModelConfig
 from flexkv_core.config import FlexKVConfig
 from flexkv_core.fetches import Fetches
 from flexkv_core.keys import KeyChain, namespace_root
 from flexkv_core.prefetch import Prefetcher
+from flexkv_core.serve.choice import open_blocks
 from flexkv_core.tasks import KVResponseStatus, TaskDone
 from flexkv_core.transfer.engine import TransferEngine
 from flexkv_core.transfer.plan import DeviceCopier
@@ -124,7 +125,7 @@ class SchedulerSide:
             verify=config.verify_checksums,
         )
         self._events = events
-        self.manager = BlockManager(model, config, self._engine, track_events=events is not None)
+        self.manager = open_blocks(model, config, self._engine, track_events=events is not None)
         self.manager.start()
         self._root = self.manager.root
         self._requests: OrderedDict[str, _Request] = OrderedDict()
@@ -133,10 +134,12 @@ class SchedulerSide:
         self._calls: deque[Callable[[], None]] = deque()  # of other threads, for the scheduler's
         self._prefetcher = (
             Prefetcher(self.manager, self._calls.append, config.transfer_timeout_s)
-            if config.ssd_dirs
+            if config.ssd_dirs or config.server
             else None
         )
-        self._fetches = Fetches(self.manager, self._calls.append, config) if config.remote_url else None
+        self._fetches = (
+            Fetches(self.manager, self._calls.append, config) if config.remote_url or config.server else None
+        )
 
     # A request's way in
 

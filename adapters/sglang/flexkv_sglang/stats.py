@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from flexkv_core.block_manager import BlockManager
+from flexkv_core.manager import Blocks
 from flexkv_core.metrics import COUNTER_WORDS, GAUGE_WORDS
 
 INTERVAL_S = 1.0
@@ -19,7 +19,7 @@ class PromMetrics:
     ``labels``: name to value, the same for all of this process. Made after SGLang has prepared its metrics.
     """
 
-    def __init__(self, manager: BlockManager, labels: Mapping[str, str]) -> None:
+    def __init__(self, manager: Blocks, labels: Mapping[str, str]) -> None:
         # SGLang names the folder that the processes share before this; prometheus_client looks for it when it is imported.
         from prometheus_client import Counter, Gauge
 
