@@ -67,6 +67,19 @@ def hello(**changes: object) -> bytes:
     return b"".join(frame(Kind.HELLO, 0, json.dumps({**values, **changes}).encode()))
 
 
+def greet(peer: sockets.socket) -> list[int]:
+    """Introduce oneself; the descriptors that come, among them the lifeline, which must be held."""
+    peer.sendall(hello())
+    _, fds, _, _ = sockets.recv_fds(peer, 4096, 4)
+    assert len(fds) == 4
+    return fds
+
+
+def close(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
 BAD_BEGINNINGS = {
     "garbage": b"\xff" * 64,
     "http": b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
@@ -154,19 +167,18 @@ def test_random_bytes_after_a_good_greeting(server: Server) -> None:
     rng = random.Random(3)
     for _ in range(15):  # each counts until its second of grace is over
         with connect(path_of(server), 10.0) as peer:
-            peer.sendall(hello())
-            peer.recv(4096)
+            fds = greet(peer)
             body = rng.randbytes(rng.randrange(64))
             kind = rng.choice([kind for kind in range(16) if kind != Kind.RESET])  # which anybody may ask for
             peer.sendall(HEADER.pack(len(body), kind, 0, rng.getrandbits(64)) + body)
             peer.shutdown(sockets.SHUT_WR)
             assert is_dropped(peer)
+            close(fds)
 
 
 def test_client_that_does_not_read_is_dropped(server: Server) -> None:
     with connect(path_of(server), 10.0) as peer:
-        peer.sendall(hello())
-        peer.recv(4096)
+        fds = greet(peer)
         peer.settimeout(5.0)
         asked = b"".join(frame(Kind.MATCH, 1, pack_asked(0, 0, Purpose.GET)))
 
@@ -176,6 +188,7 @@ def test_client_that_does_not_read_is_dropped(server: Server) -> None:
 
         with pytest.raises((BrokenPipeError, ConnectionResetError)):
             flood()
+        close(fds)
 
 
 def test_too_many_clients_are_refused(server: Server) -> None:
