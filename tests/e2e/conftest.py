@@ -30,10 +30,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--sabotage", action="store_true", help="loads bring zeros; tests marked hit must fail")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Before the test modules are imported: those that start servers choose the servers' connector then."""
+    if config.getoption("--sabotage"):
+        os.environ[SABOTAGE] = "1"
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--sabotage"):
         return
-    os.environ[SABOTAGE] = "1"
     left_out = [item for item in items if item.get_closest_marker("hit") is None]
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=left_out)
