@@ -29,7 +29,7 @@ _SEGMENTS = 2 * _LAYERS  # K and V
 _LAYOUTS = ("apart", "joined", "packed")
 _PIECES_BYTES = {"16k": 16 << 10, "64k": 64 << 10}
 _COPIES = ("gather", "scatter", "gather_crc", "scatter_verify", "scatter_layers")
-_GIB = 1 << 30
+_DATA_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,9 @@ def run(quick: bool = False) -> dict[str, float]:
     """Measure gather, scatter and their checksumming forms; ratios to memcpy (higher is better) and GB/s of payload.
 
     ``<copy>_<size>_ratio`` is the worst layout's, ``<copy>_<size>_<layout>_ratio`` each one's. ``scatter_layers`` copies layer by layer.
-    Takes 2 GiB of memory (``quick``: 128 MiB, whose ratios mean little).
+    Takes 1 GiB of memory (``quick``: 128 MiB, whose ratios mean little).
     """
-    arena = _Arena.touched(_GIB // 16 if quick else _GIB, rounds=3 if quick else 9)
+    arena = _Arena.touched(_DATA_BYTES // 8 if quick else _DATA_BYTES, rounds=3 if quick else 7)
     figures: dict[str, float] = {}
     for size, piece_bytes in _PIECES_BYTES.items():
         of_layouts = [_copy_figures(arena, size, layout, piece_bytes) for layout in _LAYOUTS]
