@@ -19,7 +19,9 @@ def kernel_cases(seed: int) -> Iterator[Case]:
             for tokens in BLOCK_SIZES:
                 geometry = Geometry(layout, dtype, blocks=24, tokens=tokens, layers=3, heads=4, dim=64)
                 yield Case(geometry, seed, moved=16, gap=16, programs=200)
-        yield Case(Geometry(layout, "bf16", 24, 16, 3, 4, 64), seed, moved=16, programs=40, layerwise=True)
+        yield Case(
+            Geometry(layout, "bf16", 24, 16, 3, 4, 64), seed, moved=16, gap=16, programs=40, layerwise=True
+        )
     for gap in (16, 8, 4, 2, 1):
         for tokens, dim in ((1, 16), (33, 24), (200, 40)):
             geometry = Geometry("kv_outer", "bf16", blocks=12, tokens=tokens, layers=2, heads=3, dim=dim)

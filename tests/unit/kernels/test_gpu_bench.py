@@ -62,6 +62,7 @@ def test_checks_cover_every_layout_dtype_and_width() -> None:
     assert {case.gap for case in cases} == {16, 8, 4, 2, 1}
     assert any(case.checksum for case in cases)
     assert any(case.skip for case in cases)
+    assert {case.geometry.layout for case in cases if case.layerwise} == set(LAYOUTS)
 
 
 def test_a_ratio_is_to_the_plain_copies_around_it() -> None:
