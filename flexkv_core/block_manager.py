@@ -273,9 +273,10 @@ class BlockManager:
         with self._changed:
             return self._remote is not None and not self._closed and self._remote.fetch(keys, on_end)
 
-    def put_keys(self, keys: bytes, on_done: OnDone) -> tuple[int, int, int]:
-        """Reserve slots for what is new in ``keys``; the task, its first block and how many (0: nothing to launch)."""
-        task = self._begin_put(keys, on_done)
+    def put_keys(self, keys: bytes, on_done: OnDone, first: int = 0) -> tuple[int, int, int]:
+        """Reserve slots for what is new in ``keys``, for nothing when a block before ``first`` is; the task, its first block and how
+        many (0: nothing to launch)."""
+        task = self._begin_put(keys, on_done, first)
         return task.task_id, task.start_block, task.block_count
 
     def slots_of(self, task_id: int) -> tuple[Slots, Slots]:
@@ -347,10 +348,13 @@ class BlockManager:
             of_plan = (plan, start, plan.keys, plan.host_slots)
             return self._remember(Task(self._new_id(), Direction.LOAD, *of_plan, on_done, purpose))
 
-    def _begin_put(self, keys: bytes, on_done: OnDone) -> Task:
+    def _begin_put(self, keys: bytes, on_done: OnDone, first: int = 0) -> Task:
         with self._changed:
-            plan = self._cache.plan_put(keys if not self._closed else b"")
-            self._counters.dropped_blocks += max(0, len(keys) // KEY_BYTES - plan.start_block - plan.count)
+            plan = self._cache.plan_put(keys if not self._closed else b"", first)
+            if plan.start_block >= first:
+                self._counters.dropped_blocks += max(
+                    0, len(keys) // KEY_BYTES - plan.start_block - plan.count
+                )
             of_plan = (plan, plan.start_block, plan.keys, plan.slots)
             task = Task(self._new_id(), Direction.STORE, *of_plan, on_done)
             task.sequence_keys = keys if self._remote is not None else b""

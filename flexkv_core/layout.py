@@ -9,7 +9,7 @@ block of the same FlexKV block, then the next rank's shard::
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,8 @@ class KVLayout:
         device_block_tokens: tokens of a block in the engine's paged cache.
         device_block_bytes: bytes of one device block in all layers of one rank.
         shard_count: ranks that write a part of each slot (tensor parallel); 1 where all ranks hold the same bytes.
+        device_blocks: device blocks of one FlexKV block where the engine keeps several for the same tokens, because its layers have
+            block tables of their own; 0: as many as ``tokens_per_block`` and ``device_block_tokens`` say.
 
     Raises:
         ConfigError: ``tokens_per_block`` is no multiple of ``device_block_tokens``.
@@ -39,12 +41,16 @@ class KVLayout:
     device_block_tokens: int
     device_block_bytes: int
     shard_count: int = 1
+    # Not shown: the root of all keys covers what is shown, and models with one table keep the keys they have.
+    device_blocks: int = field(default=0, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("tokens_per_block", "device_block_tokens", "device_block_bytes", "shard_count"):
             value = getattr(self, name)
             if value <= 0:
                 raise LayoutError(f"{name} is {value}; it must be at least 1")
+        if self.device_blocks < 0:
+            raise LayoutError(f"device_blocks is {self.device_blocks}; it must not be negative")
         if self.tokens_per_block % self.device_block_tokens:
             raise ConfigError(
                 f"tokens_per_block = {self.tokens_per_block}: must be a multiple of the engine's block size,"
@@ -54,7 +60,14 @@ class KVLayout:
     @property
     def blocks_per_slot(self) -> int:
         """Device blocks of one FlexKV block."""
-        return self.tokens_per_block // self.device_block_tokens
+        return self.device_blocks or self.tokens_per_block // self.device_block_tokens
+
+    def as_dict(self) -> dict[str, int]:
+        """The fields, without those that are at their default and came later: what is recorded beside data stays as it was."""
+        values = asdict(self)
+        if not self.device_blocks:
+            del values["device_blocks"]
+        return values
 
     @property
     def shard_bytes(self) -> int:

@@ -199,8 +199,9 @@ class GlobalCacheEngine:
 
     # ---- put -----------------------------------------------------------------------------------------------------------------
 
-    def plan_put(self, keys: bytes) -> PutPlan:
-        """Take slots for the blocks that are not known yet; evict if there are too few.
+    def plan_put(self, keys: bytes, first: int = 0) -> PutPlan:
+        """Take slots for the blocks that are not known yet; evict if there are too few. The caller does not have the blocks before
+        ``first``: with one of them unknown, nothing is planned.
 
         Blocks that are being written by another plan count as known. What does not fit is left out, from the end; never evicted
         are leased blocks and the blocks that the new ones follow. The new blocks are in the tree at once, for other puts to see,
@@ -214,7 +215,7 @@ class GlobalCacheEngine:
         stats.blocks_known += known
         if parent >= 0:
             self.residency.touch(parent)
-        if known == total:
+        if known == total or known < first:
             return PutPlan(None, known, NO_SLOTS, b"")
         if parent >= 0:
             parent = self._branch_at(parent, at)

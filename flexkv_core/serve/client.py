@@ -227,14 +227,16 @@ class SharedBlocks:
                 self._fetches.pop(number, None)
         return bool(waits)
 
-    def put_keys(self, keys: bytes, on_done: OnDone) -> tuple[int, int, int]:
-        """Reserve slots for what is new in ``keys``; the task, its first block and how many."""
-        planned, task = self._plan(Kind.PUT, keys, 0, on_done, Purpose.GET)
+    def put_keys(self, keys: bytes, on_done: OnDone, first: int = 0) -> tuple[int, int, int]:
+        """Reserve slots for what is new in ``keys``, for nothing when a block before ``first`` is; the task, its first block and how
+        many."""
+        planned, task = self._plan(Kind.PUT, keys, first, on_done, Purpose.GET)
         if planned is None:
             return self._refused_id(), 0, 0
-        with self._lock:
-            left = len(keys) // KEY_BYTES - planned.start_block - len(planned.slots)
-            self._counters.dropped_blocks += max(0, left)
+        if planned.start_block >= first:
+            with self._lock:
+                left = len(keys) // KEY_BYTES - planned.start_block - len(planned.slots)
+                self._counters.dropped_blocks += max(0, left)
         return planned.task_id, planned.start_block, task.blocks if task else 0
 
     def launch_blocks(self, task_id: int, blocks: BlockIds, delivery: Delivery = Delivery.WHOLE) -> None:

@@ -185,7 +185,7 @@ class Session:
         if purpose is Purpose.PREFETCH:
             raise WireError("a prefetch has a kind of its own")
         if kind is Kind.PUT:
-            task_id, start, count = manager.put_keys(keys, self._ended)
+            task_id, start, count = manager.put_keys(keys, self._ended, start)
         else:
             task_id, count = manager.get_keys(keys, start, self._ended, purpose)
         if not count:

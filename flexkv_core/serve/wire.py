@@ -163,8 +163,8 @@ def unpack_count(payload: memoryview) -> int:
 
 
 def pack_asked(keys_bytes: int, start_block: int, purpose: Purpose) -> bytes:
-    """The payload of a request about keys. Of MATCH and PUT only the bytes of keys count; FETCH has a number of the client's in the place of
-    the first block, which FETCHED repeats."""
+    """The payload of a request about keys. Of MATCH only the bytes of keys count, of PUT the first block too, before which the client has
+    none; FETCH has a number of the client's in the place of the first block, which FETCHED repeats."""
     return _ASKED.pack(keys_bytes, start_block, _PURPOSES.index(purpose))
 
 

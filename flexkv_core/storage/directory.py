@@ -21,7 +21,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def slot_count(spec: SsdSpec) -> int:
 
 def folder_name(identity: dict[str, Any], layout: KVLayout) -> str:
     """Of the folder that holds data of this identity."""
-    return FOLDER_PREFIX + fingerprint({"identity": identity, "layout": asdict(layout)}).hex()
+    return FOLDER_PREFIX + fingerprint({"identity": identity, "layout": layout.as_dict()}).hex()
 
 
 @dataclass(frozen=True)
@@ -301,7 +301,7 @@ def _begin_anew(spec: SsdSpec, folders: tuple[Path, ...]) -> None:
         content = {
             "format": FORMAT_VERSION,
             "identity": spec.identity,
-            "layout": asdict(spec.layout),
+            "layout": spec.layout.as_dict(),
             "tier": tier,
             "member": member,
             "members": len(folders),

@@ -7,7 +7,6 @@ The CPU's is here. The CUDA copier (own streams, events, pinned slots) in ``cuda
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from flexkv_core.errors import LayoutError
 from flexkv_core.layout import DeviceSegments
 from flexkv_core.storage.memory import HostSegment
 from flexkv_core.transfer.plan import STORE_PIECE_BYTES, TransferOp
-from flexkv_core.types import KEY_BYTES, BlockIds, Slots
+from flexkv_core.types import BlockIds, Slots
 from flexkv_kernels.segments import pieces_of
 
 
@@ -80,22 +79,15 @@ class CpuCopier:
 
     def scatter(self, op: TransferOp, after: object, verify: bool) -> npt.NDArray[np.bool_]:
         """Slots -> blocks, each checked while it is in the cache; see the protocol."""
-        wanted = op.blocks.reshape(len(op.slots), -1)
-        if (op.blocks < 0).any():
-            # Only the first slot of a load can be wanted in part: behind what the device held already.
-            head = self._scatter_part(op.keys[:KEY_BYTES], int(op.slots[0]), wanted[0], verify)
-            if len(op.slots) == 1:
-                return head
-            rest = replace(op, keys=op.keys[KEY_BYTES:], slots=op.slots[1:], blocks=wanted[1:].ravel())
-            return np.concatenate([head, self.scatter(rest, after, verify)])
-        if not verify:
-            native.scatter(**self._arguments(op.slots, op.blocks))
-            return np.ones(len(op.slots), np.bool_)
-        ok = np.zeros(len(op.slots), np.uint8)
-        expected = np.ascontiguousarray(self._host.checksums[op.slots, self._shard])
-        arguments = self._arguments(op.slots, op.blocks)
-        native.scatter_verify(**arguments, keys=op.keys, crc_expected=expected, ok_out=ok)
-        return ok.view(np.bool_)
+        partial = (op.blocks.reshape(len(op.slots), -1) < 0).any(axis=1)
+        if not partial.any():
+            return self._scatter_whole(op, verify)
+        ok = np.empty(len(op.slots), np.bool_)
+        for indices, copy in ((partial, self._scatter_parts), (~partial, self._scatter_whole)):
+            found = np.flatnonzero(indices)
+            if len(found):
+                ok[found] = copy(op.part(found), verify)
+        return ok
 
     def scatter_layers(self, op: TransferOp, after: object, on_layer: Callable[[object], None]) -> None:
         """Slots -> blocks, layer by layer; see the protocol."""
@@ -131,26 +123,28 @@ class CpuCopier:
             "image_stride": image_bytes,
         }
 
-    def _scatter_part(
-        self, key: bytes, slot: int, blocks: npt.NDArray[np.int64], verify: bool
-    ) -> npt.NDArray[np.bool_]:
-        """Copy the device blocks of one slot that are not -1, if the whole slot matches its checksum."""
-        layout, slots = self._host.layout, np.array([slot], np.int32)
-        found = np.zeros(1, np.uint32)
+    def _scatter_whole(self, op: TransferOp, verify: bool) -> npt.NDArray[np.bool_]:
+        if not verify:
+            native.scatter(**self._arguments(op.slots, op.blocks))
+            return np.ones(len(op.slots), np.bool_)
+        ok = np.zeros(len(op.slots), np.uint8)
+        expected = np.ascontiguousarray(self._host.checksums[op.slots, self._shard])
+        arguments = self._arguments(op.slots, op.blocks)
+        native.scatter_verify(**arguments, keys=op.keys, crc_expected=expected, ok_out=ok)
+        return ok.view(np.bool_)
+
+    def _scatter_parts(self, op: TransferOp, verify: bool) -> npt.NDArray[np.bool_]:
+        """Copy the device blocks that are not -1, of slots that match their checksum as a whole."""
+        layout, ok = self._host.layout, np.ones(len(op.slots), np.bool_)
         if verify:
-            offset = self._shard * layout.shard_bytes
+            offset, found = self._shard * layout.shard_bytes, np.zeros(len(op.slots), np.uint32)
             native.crc32c_slots(
-                self._host.address, layout.slot_bytes, offset, layout.shard_bytes, slots, key, found
+                self._host.address, layout.slot_bytes, offset, layout.shard_bytes, op.slots, op.keys, found
             )
-            if found[0] != self._host.checksums[slot, self._shard]:
-                return np.zeros(1, np.bool_)
-        for place, block in enumerate(blocks):
-            if block >= 0:
-                arguments = self._arguments(slots, np.array([block], np.int64))
-                arguments["blocks_per_slot"] = 1
-                arguments["shard_offset"] += place * layout.device_block_bytes
-                native.scatter(**arguments)
-        return np.ones(1, np.bool_)
+            ok = found == self._host.checksums[op.slots, self._shard]
+        everything = slice(0, len(self.segments.addresses))
+        self._scatter_run(op.slots[ok], op.blocks.reshape(len(op.slots), -1)[ok], everything)
+        return ok
 
     def _arguments(self, slots: Slots, blocks: BlockIds) -> dict[str, Any]:
         layout = self._host.layout

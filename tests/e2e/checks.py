@@ -26,15 +26,13 @@ def hit_differences(
     """
     engine.reset(external=True)
     cold = engine.ask(prompt, tokens, salt)
-    full_blocks = len(prompt) // engine.block_tokens
-    computed = engine.kv_bytes(cold.blocks[:full_blocks])
+    computed = engine.held_bytes(cold, len(prompt))
     device = engine.ask(prompt, tokens, salt)
     engine.reset()
     host = engine.ask(prompt, tokens, salt)
-    hit_blocks = host.cached_tokens // engine.block_tokens
-    loaded = engine.kv_bytes(host.blocks[:hit_blocks])
+    loaded = engine.held_bytes(host, host.cached_tokens)
     found = compare(cold, device, host)
-    if not np.array_equal(loaded, computed[:, :hit_blocks]):
+    if any(data != computed.get(place) for place, data in loaded.items()):
         found.add("kv bytes")
     return found
 

@@ -30,7 +30,8 @@ _SETTLE_S = 20.0
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of one request. ``blocks`` are the engine's block ids that held it while it ran."""
+    """What came of one request. ``tables`` are the engine's block ids that held it while it ran, a table a group; 0 stands for a block
+    that has left its window."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[tuple[tuple[int, float], ...], ...]
@@ -40,7 +41,12 @@ class Answer:
     """Those of the cached tokens that the engine took from FlexKV."""
     preemptions: int
     finish_reason: str | None
-    blocks: tuple[int, ...]
+    tables: tuple[tuple[int, ...], ...]
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """The first table, for a model with one group."""
+        return self.tables[0]
 
     def logprob_error(self, other: Answer) -> float:
         """The largest difference of a log-probability; infinite when different ids are among the likeliest."""
@@ -56,7 +62,7 @@ class Answer:
 
 @dataclass
 class _Running:
-    blocks: tuple[int, ...] = ()
+    tables: tuple[tuple[int, ...], ...] = ((),)
     external_tokens: int | None = None
     preemptions: int = 0
     final: Any = None
@@ -173,8 +179,9 @@ class Engine:
         for request_id, request in (running or {}).items():
             live = self.scheduler.requests.get(request_id)
             if live is not None and live.num_computed_tokens > 0 and not live.is_finished():
-                ids = tuple(self.scheduler.kv_cache_manager.get_block_ids(request_id)[0])
-                request.blocks = ids or request.blocks
+                tables = self.scheduler.kv_cache_manager.get_block_ids(request_id)
+                if any(tables):
+                    request.tables = tuple(map(tuple, tables))
                 if live.prefill_stats is not None:  # handed over with the first token
                     request.external_tokens = live.prefill_stats.num_external_cached_tokens
                 request.preemptions = live.num_preemptions
@@ -225,6 +232,19 @@ class Engine:
             ]
         )
 
+    def held_bytes(self, answer: Answer, tokens: int) -> dict[tuple[int, int], bytes]:
+        """The bytes of what held the first ``tokens`` of a request, by group and place in its table; without what had left a window."""
+        held = {}
+        for group, (table, of_group) in enumerate(zip(answer.tables, self.groups, strict=True)):
+            places = range(min(len(table), tokens // of_group.kv_cache_spec.block_size))
+            held.update({(group, i): self.kv_bytes([table[i]]).tobytes() for i in places if table[i]})
+        return held
+
+    @property
+    def groups(self) -> list[Any]:
+        """vLLM's KV cache groups."""
+        return list(self.scheduler.kv_cache_config.kv_cache_groups)
+
     def check_integrity(self) -> None:
         """Recounts FlexKV's index; nothing may be pinned once the engine has settled."""
         self.manager.check_integrity()
@@ -257,5 +277,5 @@ def _answer(request: _Running) -> Answer:
         external_tokens=request.external_tokens or 0,
         preemptions=request.preemptions,
         finish_reason=output.finish_reason,
-        blocks=request.blocks,
+        tables=request.tables,
     )

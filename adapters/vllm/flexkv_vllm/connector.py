@@ -17,6 +17,7 @@ from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_paral
 from flexkv_core.config import load_config
 from flexkv_vllm.compat import preemptions, settings
 from flexkv_vllm.compat.hit_source import HOST_HITS
+from flexkv_vllm.compat.hybrid import HybridConnector, transfer_results
 from flexkv_vllm.compat.worker_results import KVConnectorWorkerMetadata
 from flexkv_vllm.compat.worker_stats import WORKERS_MUST_SEND
 from flexkv_vllm.metadata import StepMetadata, WorkerResults
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class FlexKVConnector(KVConnectorBase_V1):
+class FlexKVConnector(KVConnectorBase_V1, HybridConnector):
     """Keeps KV blocks in FlexKV's tiers. Made once in the scheduler's process and once in each worker.
 
     Raises:
@@ -108,6 +109,11 @@ class FlexKVConnector(KVConnectorBase_V1):
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         return self._worker.finished(self._step())
 
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        """As :meth:`get_finished`, and the loads that failed as one; versions that take no such failures do not ask."""
+        sent, received = self._worker.finished(self._step())
+        return transfer_results(sent, received, self._worker.failed_requests())
+
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._worker.failed_blocks()
 
@@ -142,6 +148,11 @@ class FlexKVConnector(KVConnectorBase_V1):
             self._scheduler.take_results(results)
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        return self._scheduler.finished(request, (block_ids,)), None
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
         return self._scheduler.finished(request, block_ids), None
 
     def take_events(self) -> Iterable[KVCacheEvent]:

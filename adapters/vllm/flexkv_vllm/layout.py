@@ -5,11 +5,12 @@ Whole blocks are moved, never parts of one: on a CPU the bytes within a block ar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, MLAAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, MLAAttentionSpec, SlidingWindowSpec
 
 from flexkv_core.config import FlexKVConfig
 from flexkv_core.errors import ConfigError, LayoutError
@@ -17,14 +18,16 @@ from flexkv_core.layout import DeviceSegments, KVLayout
 from flexkv_core.verify import TOLERANCES
 from flexkv_core.weights import weights_identity
 from flexkv_kernels.segments import pieces_of
+from flexkv_vllm.compat.hybrid import takes_groups
+from flexkv_vllm.groups import Groups
 from flexkv_vllm.ranks import Ranks
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
-_SUPPORTED_SPECS = (FullAttentionSpec, MLAAttentionSpec)
 _DRAFTS_WITHOUT_KV = ("ngram", "suffix")
+SUPPORTED_SPECS = (FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec)
 
 
 def check_engine(vllm_config: VllmConfig, config: FlexKVConfig) -> None:
@@ -40,11 +43,23 @@ def check_engine(vllm_config: VllmConfig, config: FlexKVConfig) -> None:
     ):
         if value != 1:
             raise ConfigError(f"FlexKV: {name} = {value} is not supported yet; it must be 1")
+    model = vllm_config.model_config
+    if model.is_hybrid or model.is_attention_free:
+        raise ConfigError(
+            f"FlexKV: {model.model} keeps a recurrent state (Mamba, linear attention or short convolutions). vLLM has it where a step"
+            " ended and not for every block, so that a prefix of blocks is no place to go on from; that is not supported yet. Start"
+            " vLLM without FlexKV for this model"
+        )
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.method not in _DRAFTS_WITHOUT_KV:
         raise ConfigError(
             f"FlexKV: speculative decoding with method {speculative.method!r} keeps KV of a draft model, which is not supported yet;"
             f" allowed: {', '.join(_DRAFTS_WITHOUT_KV)}"
+        )
+    if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
+        raise ConfigError(
+            "FlexKV: calculate_kv_scales takes the scales of a quantised KV cache from the first request, so that stored KV is wrong after"
+            " a restart; leave it off and use a checkpoint with scales"
         )
     dtype = _kv_dtype(vllm_config)
     if config.verify_sample and dtype not in TOLERANCES:
@@ -61,24 +76,46 @@ def check_supported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, con
         ConfigError: with the reason and what to change.
     """
     check_engine(vllm_config, config)
-    groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1:
-        kinds = ", ".join(sorted({type(group.kv_cache_spec).__name__ for group in groups}))
-        raise ConfigError(
-            f"FlexKV: the model has {len(groups)} KV cache groups ({kinds}); only models with one group of full attention or MLA are"
-            " supported yet"
-        )
+    groups = Groups.of(kv_cache_config, config.tokens_per_block)
     for name, spec in _layer_specs(kv_cache_config):
-        if type(spec) not in _SUPPORTED_SPECS:
+        if type(spec) not in SUPPORTED_SPECS:
             raise ConfigError(
-                f"FlexKV: layer {name} keeps its KV as {type(spec).__name__}; only full attention and MLA are supported yet,"
-                " because other layers do not keep every block"
+                f"FlexKV: layer {name} keeps its KV as {type(spec).__name__}, which is not supported; supported are"
+                f" {', '.join(sorted(kind.__name__ for kind in SUPPORTED_SPECS))}"
             )
+    transfer = vllm_config.kv_transfer_config
+    assert transfer is not None
+    if groups.fail_as_one and not takes_groups(transfer):
+        raise ConfigError(
+            f"FlexKV: the model keeps its KV in windows or in several groups. That needs vLLM 0.30 or later and the connector"
+            f" FlexKVConnector; found {transfer.kv_connector}"
+        )
+    _check_groups(vllm_config, kv_cache_config, config)
     stages = vllm_config.parallel_config.pipeline_parallel_size
     sizes = {spec.page_size_bytes for _, spec in _layer_specs(kv_cache_config)}
     if stages > 1 and len(sizes) > 1:
         raise ConfigError(
             f"FlexKV: pipeline_parallel_size = {stages} with layers of {sorted(sizes)} bytes a block is not supported yet; it must be 1"
+        )
+
+
+def _check_groups(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: FlexKVConfig) -> None:
+    """What cannot be done for a model with several groups."""
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) == 1:
+        return
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    if stages > 1:
+        raise ConfigError(
+            f"FlexKV: pipeline_parallel_size = {stages} with {len(groups)} KV cache groups is not supported yet; it must be 1, or start"
+            " vLLM with --disable-hybrid-kv-cache-manager"
+        )
+    sizes = sorted({sum(spec.page_size_bytes for _, spec in _group_specs(group)) for group in groups})
+    if config.verify_sample and len(sizes) > 1:
+        # The rest of a smaller group's blocks are bytes that nobody wrote: they differ from one computation to the next.
+        raise ConfigError(
+            f"verify_sample = {config.verify_sample}: the model's KV cache groups have {sizes} bytes a block, and blocks that are not"
+            " filled cannot be compared; set it to 0"
         )
 
 
@@ -93,19 +130,35 @@ def slot_layout(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config:
     Raises:
         ConfigError: ``tokens_per_block`` is no multiple of the engine's block size.
     """
-    block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+    groups = Groups.of(kv_cache_config, config.tokens_per_block)
     ranks = ranks_of(vllm_config, kv_cache_config)
     sizes = [spec.page_size_bytes for _, spec in _layer_specs(kv_cache_config)]
+    is_hybrid = len(groups.block_tokens) > 1
     return KVLayout(
-        tokens_per_block=config.tokens_per_block or block_size,
-        device_block_tokens=block_size,
-        device_block_bytes=sum(sizes) if len(ranks.stage_layers) == 1 else sizes[0] * max(ranks.stage_layers),
+        tokens_per_block=groups.slot_tokens,
+        device_block_tokens=min(groups.block_tokens),
+        device_block_bytes=_pool_block_bytes(kv_cache_config)
+        if len(ranks.stage_layers) == 1
+        else sizes[0] * max(ranks.stage_layers),
         shard_count=ranks.shard_count,
+        device_blocks=groups.per_slot if is_hybrid else 0,
     )
 
 
+def _pool_block_bytes(kv_cache_config: KVCacheConfig) -> int:
+    """Bytes that one block id stands for, the groups lying over each other. The scheduler knows the memory of every layer, and of a
+    group of unlike layers only the first one's spec."""
+    tensors = kv_cache_config.kv_cache_tensors
+    shared = hasattr(
+        tensors[0], "layer_stride"
+    )  # then every tensor is a view of one memory, before 0.30 each has its own
+    size = tensors[0].size if shared else sum(tensor.size for tensor in tensors)
+    return int(size // kv_cache_config.num_blocks)
+
+
 def device_segments(kv_caches: Mapping[str, torch.Tensor], kv_cache_config: KVCacheConfig) -> DeviceSegments:
-    """One segment a layer, or several where its blocks are not contiguous (K and V apart); layers that share a tensor count once.
+    """One segment a layer, or several where its blocks are not contiguous (K and V apart); layers that share a tensor count once, as do
+    layers of several groups that lie over each other.
 
     Raises:
         LayoutError: a tensor's blocks do not lie as expected.
@@ -114,9 +167,13 @@ def device_segments(kv_caches: Mapping[str, torch.Tensor], kv_cache_config: KVCa
     planes: dict[int, torch.Tensor] = {}
     layers: list[int] = []
     for name in sorted(kv_caches, key=_layer_order(kv_cache_config)):
-        found = [
-            plane for plane in _planes(name, kv_caches[name], block_count) if plane.data_ptr() not in planes
-        ]
+        found = []
+        for plane in _planes(name, kv_caches[name], block_count):
+            known = planes.get(plane.data_ptr(), plane)
+            if _extent(known) != _extent(plane):
+                return _whole_blocks(kv_caches, kv_cache_config)
+            if plane.data_ptr() not in planes:
+                found.append(plane)
         planes |= {plane.data_ptr(): plane for plane in found}
         layers += [layers[-1] + 1 if layers else 0] * len(found)
     return pieces_of(list(planes.values()), layers=layers)
@@ -130,14 +187,37 @@ def layer_numbers(kv_caches: Mapping[str, torch.Tensor], kv_cache_config: KVCach
     return {name: numbers[tensor.data_ptr()] for name, tensor in kv_caches.items()}
 
 
+def _whole_blocks(kv_caches: Mapping[str, torch.Tensor], kv_cache_config: KVCacheConfig) -> DeviceSegments:
+    """Groups whose layers are not equally large lie over each other in no common pieces; a block of all its layers is one then."""
+    size, count = _pool_block_bytes(kv_cache_config), kv_cache_config.num_blocks
+    planes = [plane for name in kv_caches for plane in _planes(name, kv_caches[name], count)]
+    extents = sorted({_extent(plane) for plane in planes})
+    if any(stride != size for _, stride in extents):
+        raise LayoutError(
+            f"KV tensors: found blocks of {extents} (bytes, stride) of layers that share memory; expected equal ones, or a stride of"
+            f" {size} bytes, the whole block's, in all of them"
+        )
+    base = min(plane.data_ptr() for plane in planes)
+    return DeviceSegments(np.array([base]), np.array([size]), size, count)
+
+
+def _extent(plane: torch.Tensor) -> tuple[int, int]:
+    """Bytes of a block and from one to the next."""
+    size = plane.element_size()
+    return plane[0].numel() * size, plane.stride(0) * size
+
+
 def identity(
     vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: FlexKVConfig
 ) -> dict[str, object]:
     """What must agree before bytes may be shared; enters the root of every key."""
     model, cache = vllm_config.model_config, vllm_config.cache_config
+    groups = kv_cache_config.kv_cache_groups
     _, spec = next(iter(_layer_specs(kv_cache_config)))
     import vllm
 
+    # Only there where a model has several: data of models with one keep their name.
+    hybrid = {"groups": [_group_identity(group) for group in groups]} if len(groups) > 1 else {}
     return {
         "engine": "vllm",
         "engine_version": vllm.__version__,
@@ -157,7 +237,13 @@ def identity(
         if vllm_config.device_config.device_type == "cpu"
         else None,
         "tensor_parallel": vllm_config.parallel_config.tensor_parallel_size,
+        **hybrid,
     }
+
+
+def _group_identity(group: KVCacheGroupSpec) -> list[object]:
+    """The group's layers and how each keeps its KV."""
+    return [[name, repr(spec)] for name, spec in _group_specs(group)]
 
 
 def _kv_dtype(vllm_config: VllmConfig) -> str:
@@ -167,15 +253,19 @@ def _kv_dtype(vllm_config: VllmConfig) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _layer_specs(kv_cache_config: KVCacheConfig) -> Iterable[tuple[str, KVCacheSpec]]:
-    """Name and spec of every layer of the one group, in vLLM's order."""
-    group = kv_cache_config.kv_cache_groups[0]
+def _layer_specs(kv_cache_config: KVCacheConfig) -> list[tuple[str, KVCacheSpec]]:
+    """Name and spec of every layer, group by group, in vLLM's order."""
+    return [found for group in kv_cache_config.kv_cache_groups for found in _group_specs(group)]
+
+
+def _group_specs(group: KVCacheGroupSpec) -> list[tuple[str, KVCacheSpec]]:
     per_layer: Mapping[str, Any] | None = getattr(group.kv_cache_spec, "kv_cache_specs", None)
     return [(name, per_layer[name] if per_layer else group.kv_cache_spec) for name in group.layer_names]
 
 
 def _layer_order(kv_cache_config: KVCacheConfig) -> Any:
-    order = {name: index for index, name in enumerate(kv_cache_config.kv_cache_groups[0].layer_names)}
+    names = [name for group in kv_cache_config.kv_cache_groups for name in group.layer_names]
+    order = {name: index for index, name in enumerate(names)}
     return lambda name: (order.get(name, len(order)), name)
 
 

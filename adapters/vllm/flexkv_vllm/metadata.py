@@ -21,9 +21,11 @@ class StepMetadata(KVConnectorMetadata):
         loads: request -> its load, started before the step's forward.
         stores: started after the step's forward.
         checks: started after the step's forward: the device blocks are compared with the slots, see ``flexkv_core/verify.py``.
-        wait_before: stores and checks that must end before the step begins: their blocks were taken away by a preemption.
+        wait_before: stores and checks that must end before the step begins: their blocks were taken away, by a preemption or because
+            they left a window.
         releases: finished request -> the stores that its blocks are held for.
-        unloadable: request -> device blocks that were promised and cannot be loaded; they are reported as failed.
+        unloadable: request -> device blocks that were promised and cannot be loaded; they are reported as failed;
+            with groups or windows the whole load is, see :class:`~flexkv_vllm.groups.Groups`.
         in_step: requests of which the load, and what is unloadable, belongs to this very step, see ``in_step.py``.
         idle: the step computes nothing, so that a worker may wait a little for its copies.
     """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 def register() -> None:
     """Register ``FlexKVConnector`` with vLLM's connector factory, and stand behind its ``FlexKVConnectorV1``; a second call does nothing."""
@@ -12,7 +14,13 @@ def register() -> None:
     if "FlexKVConnector" not in KVConnectorFactory._registry:
         KVConnectorFactory.register_connector("FlexKVConnector", "flexkv_vllm.connector", "FlexKVConnector")
     in_tree.install()
-    early_check.install(_check)
+    early_check.install(_prepare, _check)
+
+
+def _prepare(fields: dict[str, Any]) -> None:
+    from flexkv_vllm.preflight import choose_block_tables
+
+    choose_block_tables(fields)
 
 
 def _check(vllm_config: object, memory: bool) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flexkv_core.config import FlexKVConfig, load_config
 from flexkv_core.errors import CapacityError, ConfigError
@@ -25,6 +25,20 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CONNECTORS = ("FlexKVConnector", in_tree.NAME)
+
+
+def choose_block_tables(fields: dict[str, Any]) -> None:
+    """With pipeline parallelism one block table for all layers, unless the user chose: no stage knows which layers of the others share
+    a table, and so how large a slot is. ``fields``: what vLLM's configuration is about to be made of."""
+    transfer, parallel, scheduler = (
+        fields.get(f"{name}_config") for name in ("kv_transfer", "parallel", "scheduler")
+    )
+    if transfer is None or parallel is None or scheduler is None or transfer.kv_connector not in CONNECTORS:
+        return
+    is_open = getattr(scheduler, "disable_hybrid_kv_cache_manager", False) is None
+    if is_open and parallel.pipeline_parallel_size > 1:
+        logger.info("pipeline parallelism: vLLM's hybrid KV cache manager is turned off")
+        scheduler.disable_hybrid_kv_cache_manager = True
 
 
 def check_before_weights(vllm_config: VllmConfig, memory: bool) -> None:

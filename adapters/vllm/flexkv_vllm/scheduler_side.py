@@ -2,7 +2,8 @@
 
 It knows requests and steps; what is cached and where is the BlockManager's business. All methods run on the scheduler's thread. A load is
 asynchronous: the request waits outside the batch. A store of a step's full blocks starts after the step's forward; the blocks stay
-the request's until it has ended, because a finished request is held back and a preemption waits.
+the request's until it has ended, because a finished request is held back and a preemption waits. Blocks that leave a window may
+become another's at once: the step that gives them away waits.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from flexkv_core.block_manager import ModelConfig
 from flexkv_core.config import FlexKVConfig
 from flexkv_core.fetches import Fetches
@@ -24,11 +23,13 @@ from flexkv_core.prefetch import Prefetcher
 from flexkv_core.serve.choice import open_blocks
 from flexkv_core.tasks import KVResponseStatus, Purpose, TaskDone, prefix_length
 from flexkv_core.transfer.plan import Delivery, TransferOp
-from flexkv_core.types import KEY_BYTES, Direction
+from flexkv_core.types import KEY_BYTES, BlockIds, Direction
 from flexkv_core.verify import HitSampler
+from flexkv_vllm.compat.hybrid import block_tables
 from flexkv_vllm.compat.request import is_cacheable, namespace_of, salts_of, token_list
 from flexkv_vllm.compat.settings import data_parallel_index
 from flexkv_vllm.events import EventLog, publishes_events
+from flexkv_vllm.groups import Groups, Tables, of_engine, of_lists
 from flexkv_vllm.in_step import InStepPolicy
 from flexkv_vllm.layout import check_supported, identity, ranks_of, slot_layout
 from flexkv_vllm.metadata import StepMetadata, WorkerResults
@@ -36,7 +37,7 @@ from flexkv_vllm.stats import FlexKVStats
 from flexkv_vllm.step_executor import StepExecutor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from vllm.config import VllmConfig
     from vllm.distributed.kv_events import KVCacheEvent
@@ -63,7 +64,9 @@ class _Check:
 class _RequestState:
     request: Request
     chain: KeyChain
-    device_blocks: list[int] = field(default_factory=list)
+    device_blocks: list[list[int]] = field(
+        default_factory=list
+    )  # a list a group, where the engine does not show its own
     local_tokens: int = 0  # what the device held at the last lookup
     hit_blocks: int = 0  # what was promised then
     planned_blocks: int = 0  # blocks that were looked at for storing
@@ -93,7 +96,10 @@ class SchedulerSide:
         self._may_load, self._may_store = transfer.is_kv_consumer, transfer.is_kv_producer
         layout = slot_layout(vllm_config, kv_cache_config, config)
         self._block_tokens = layout.tokens_per_block
-        self._per_slot = layout.blocks_per_slot
+        self._groups = Groups.of(kv_cache_config, config.tokens_per_block)
+        self._kv_cache_manager: KVCacheManager | None = None
+        self._losable: dict[int, frozenset[int]] = {}  # store or check -> blocks that its request may lose
+        self._given: set[int] = set()  # blocks that were taken for loads since the last step
         self._executor = StepExecutor(ranks_of(vllm_config, kv_cache_config).count, config.queue_ops_max)
         self.events = EventLog(
             layout.tokens_per_block, enabled=config.events and publishes_events(vllm_config)
@@ -130,7 +136,8 @@ class SchedulerSide:
     # A request's way in
 
     def bind(self, kv_cache_manager: KVCacheManager) -> None:
-        """The engine's cache manager, where the version shows it."""
+        """The engine's cache manager, with its block tables, where the version shows it."""
+        self._kv_cache_manager = kv_cache_manager
         self._in_step.bind(kv_cache_manager)
 
     def arrived(self, request: Request) -> None:
@@ -181,21 +188,21 @@ class SchedulerSide:
         state = self._requests.get(request.request_id)
         if state is None or not external_tokens:
             return
-        device_blocks = blocks.get_block_ids()[0]
-        state.device_blocks = list(device_blocks)
+        state.device_blocks = [list(table) for table in blocks.get_block_ids()]
         start = state.local_tokens // self._block_tokens
-        first_device_block = state.local_tokens * self._per_slot // self._block_tokens
-        stop = state.hit_blocks * self._per_slot
-        wanted = np.array(device_blocks[start * self._per_slot : stop], np.int64)
-        wanted[
-            : first_device_block - start * self._per_slot
-        ] = -1  # these the device holds already, maybe shared
+        wanted = self._groups.blocks(of_lists(state.device_blocks), start, state.hit_blocks)
+        self._given.update(wanted.tolist())
+        self._groups.leave_out_held(wanted, start, state.local_tokens)  # maybe shared with others
         task_id, count = self.manager.get_keys(
             state.chain.keys(state.hit_blocks),
             start,
             lambda done: self._ended.append(partial(self._load_ended, request.request_id, done)),
         )
-        found = wanted[: count * self._per_slot]
+        is_short = count < state.hit_blocks - start
+        if is_short and self._groups.fail_as_one:
+            self.manager.cancel(task_id)
+            count = 0
+        found = wanted[: count * self._groups.per_slot]
         if state.is_in_step:
             self._loads_in_step.add(request.request_id)
         if count:
@@ -203,7 +210,7 @@ class SchedulerSide:
             state.loading_blocks = tuple(int(block) for block in found if block >= 0)
             delivery = Delivery.TENTATIVE if state.is_in_step else Delivery.WHOLE
             self.manager.launch_blocks(task_id, found, delivery)
-        if count < state.hit_blocks - start:
+        if is_short:
             # Less than was promised: host memory has no room for what the SSD holds. The rest counts as failed and is computed.
             self._load_failed(state)
             self._unloadable[request.request_id] = tuple(
@@ -215,7 +222,7 @@ class SchedulerSide:
     def build_metadata(self, output: SchedulerOutput) -> StepMetadata:
         """Plan the stores of what this step computes, and pack everything for the workers."""
         self._take_ended()
-        wait_before = self._take_back_preempted(output)
+        wait_before = self._take_back_preempted(output) | self._stores_that_lose(output)
         self._follow_blocks(output)
         for request_id, scheduled in output.num_scheduled_tokens.items():
             state = self._requests.get(request_id)
@@ -249,8 +256,9 @@ class SchedulerSide:
 
     # A request's way out
 
-    def finished(self, request: Request, device_blocks: list[int]) -> bool:
-        """Store what is left; True when the blocks must be kept until the workers have named the request."""
+    def finished(self, request: Request, device_blocks: Sequence[list[int]]) -> bool:
+        """Store what is left; True when the blocks must be kept until the workers have named the request. ``device_blocks``: a list
+        a group."""
         self._take_ended()
         self._in_step.left(request.request_id)
         if self._prefetcher is not None:
@@ -262,7 +270,7 @@ class SchedulerSide:
             return False
         if state.loading is not None:
             return False  # the engine keeps the blocks of an aborted load until the workers have named it
-        if device_blocks:
+        if any(device_blocks):
             state.device_blocks = list(device_blocks)
             self._store(state, request.num_computed_tokens, finished=True)
         del self._requests[request.request_id]
@@ -333,44 +341,71 @@ class SchedulerSide:
                 state.planned_blocks = 0
         return frozenset(pending)
 
+    def _stores_that_lose(self, output: SchedulerOutput) -> frozenset[int]:
+        """Stores under way of blocks that left a window and that this step gives to others."""
+        given, self._given = self._given, set()
+        if not self._losable:
+            return frozenset()
+        for new in output.scheduled_new_reqs:
+            given.update(*new.block_ids)
+        for block_ids in output.scheduled_cached_reqs.new_block_ids:
+            given.update(*block_ids or ())
+        return frozenset(task for task, blocks in self._losable.items() if not blocks.isdisjoint(given))
+
     def _follow_blocks(self, output: SchedulerOutput) -> None:
-        """Keep each request's device blocks as the engine's workers do."""
+        """Keep each request's device blocks as the engine's workers do; what has left a window stays in, see :meth:`_tables`."""
         for new in output.scheduled_new_reqs:
             state = self._requests.get(new.req_id)
             if state is not None:
-                state.device_blocks = list(new.block_ids[0])
+                state.device_blocks = [list(group) for group in new.block_ids]
         cached = output.scheduled_cached_reqs
         for request_id, block_ids in zip(cached.req_ids, cached.new_block_ids, strict=True):
             state = self._requests.get(request_id)
             if state is None or block_ids is None:
                 continue
             if request_id in cached.resumed_req_ids:
-                state.device_blocks = list(block_ids[0])
-            else:
-                state.device_blocks.extend(block_ids[0])
+                state.device_blocks = [list(group) for group in block_ids]
+                continue
+            for table, new_blocks in zip(state.device_blocks, block_ids, strict=True):
+                table.extend(new_blocks)
 
     def _store(self, state: _RequestState, computed_tokens: int, finished: bool) -> None:
         """Plan a store of the full blocks among the first ``computed_tokens``, of which only tokens that are known for sure count."""
         request = state.request
         if state.check is not None:
-            self._compare(state, state.check, computed_tokens // self._block_tokens)
+            self._compare(state, state.check, computed_tokens // self._block_tokens, finished)
         if not self._may_store:
             return
         known = request.num_tokens if self._config.store_decode else request.num_prompt_tokens
         full = min(computed_tokens, known) // self._block_tokens
         generating = computed_tokens > request.num_prompt_tokens
-        if full - state.planned_blocks < (DECODE_STORE_BLOCKS if generating and not finished else 1):
+        batch = min(DECODE_STORE_BLOCKS, self._groups.store_batch_max or DECODE_STORE_BLOCKS)
+        if full - state.planned_blocks < (batch if generating and not finished else 1):
             return
         state.chain.extend(token_list(request), full * self._block_tokens)
-        state.planned_blocks = full
+        planned, state.planned_blocks = state.planned_blocks, full
+        tables = self._tables(state, finished)
         task_id, start, count = self.manager.put_keys(
-            state.chain.keys(full), lambda done: self._ended.append(partial(self._store_ended, state, done))
+            state.chain.keys(full),
+            lambda done: self._ended.append(partial(self._store_ended, state, done)),
+            self._groups.first_whole(tables, planned, full),
         )
-        if not count:
-            return
+        if count:
+            self._launch(state, task_id, start, self._groups.blocks(tables, start, start + count))
+
+    def _tables(self, state: _RequestState, finished: bool) -> Tables:
+        """The request's device blocks as they are now. Those of one that has ended came with the news."""
+        manager = self._kv_cache_manager
+        if manager is None or finished or not self._groups.lose_blocks:
+            return of_lists(state.device_blocks)
+        return of_engine(block_tables(manager, state.request.request_id))
+
+    def _launch(self, state: _RequestState, task_id: int, start: int, blocks: BlockIds) -> None:
+        """Start a store or a check, from FlexKV block ``start`` on; what it needs is held until it has ended."""
         state.stores[task_id] = start
-        blocks = state.device_blocks[start * self._per_slot : (start + count) * self._per_slot]
-        self.manager.launch_blocks(task_id, np.array(blocks, np.int64))
+        if self._groups.lose_blocks:
+            self._losable[task_id] = self._groups.losable(blocks)
+        self.manager.launch_blocks(task_id, blocks)
 
     def _is_sampled(self, state: _RequestState) -> bool:
         """Whether the request's hit is computed again and compared; decided once a request."""
@@ -379,7 +414,7 @@ class SchedulerSide:
             state.is_sampled = self._sampler.take(last_key)
         return state.is_sampled
 
-    def _compare(self, state: _RequestState, check: _Check, full: int) -> None:
+    def _compare(self, state: _RequestState, check: _Check, full: int, finished: bool) -> None:
         """Have the sampled blocks among the first ``full`` compared. They are held like blocks that are being stored."""
         stop = min(full, check.stop)
         if stop <= check.next_block:
@@ -391,12 +426,10 @@ class SchedulerSide:
             lambda done: self._ended.append(partial(self._check_ended, state, done)),
             Purpose.CHECK,
         )
-        if not count:
-            return
-        state.stores[task_id] = start
-        self._checks.add(task_id)
-        blocks = state.device_blocks[start * self._per_slot : (start + count) * self._per_slot]
-        self.manager.launch_blocks(task_id, np.array(blocks, np.int64))
+        if count:
+            self._checks.add(task_id)
+            blocks = self._groups.blocks(self._tables(state, finished), start, start + count)
+            self._launch(state, task_id, start, blocks)
 
     def _ops(self) -> tuple[dict[str, TransferOp], list[TransferOp], list[TransferOp]]:
         ops = self._executor.take()
@@ -433,17 +466,22 @@ class SchedulerSide:
         state.load_failed = True
         if state.is_in_step:
             state.restore_from = state.local_tokens // self._block_tokens
-            self._in_step.failed(state.device_blocks)
+            self._in_step.failed(state.device_blocks[0])
 
     def _is_loaded_in_step(self, state: _RequestState) -> bool:
         start = state.local_tokens // self._block_tokens
         size = (state.hit_blocks - start) * self.manager.layout.slot_bytes
+        if (
+            self._groups.fail_as_one
+        ):  # vLLM takes such a failure only of a request that waits outside the batch
+            return False
         return self._in_step.allows(state.request.request_id, size) and self.manager.is_in_host(
             state.chain.keys(state.hit_blocks), start
         )
 
     def _check_ended(self, state: _RequestState, done: TaskDone) -> None:
         del state.stores[done.task_id]
+        self._losable.pop(done.task_id, None)
         if not done.mismatches:
             return
         first = done.mismatches[0]
@@ -460,6 +498,7 @@ class SchedulerSide:
 
     def _store_ended(self, state: _RequestState, done: TaskDone) -> None:
         start = state.stores.pop(done.task_id)
+        self._losable.pop(done.task_id, None)
         count = prefix_length(done.ok)
         if state.restore_from is not None:
             # The step that the store belongs to had a load that failed. What it computed is being computed again.

@@ -23,6 +23,7 @@ from flexkv_core.transfer.engine import TransferEngine
 from flexkv_core.transfer.plan import DeviceCopier, OpResult, OpStatus, TransferOp
 from flexkv_core.verify import TOLERANCES, ShadowCopier
 from flexkv_kernels import copier_over
+from flexkv_vllm.groups import Groups
 from flexkv_vllm.in_step import InStepLoads
 from flexkv_vllm.layout import check_supported, device_segments, layer_numbers, ranks_of, slot_layout
 from flexkv_vllm.metadata import StepMetadata, WorkerResults
@@ -49,6 +50,7 @@ class WorkerSide:
         self._config = config
         self._vllm_config, self._kv_cache_config = vllm_config, kv_cache_config
         self._layout = slot_layout(vllm_config, kv_cache_config, config)
+        self._fails_as_one = Groups.of(kv_cache_config, config.tokens_per_block).fail_as_one
         self._copier: DeviceCopier | None = None
         self._engine: TransferEngine | None = None
         self._checker: TransferEngine | None = None
@@ -63,6 +65,7 @@ class WorkerSide:
         self._releases: dict[str, frozenset[int]] = {}
         self._loaded: set[str] = set()
         self._failed_blocks: set[int] = set()
+        self._failed_requests: set[str] = set()
         self._in_step: InStepLoads | None = None
         self._step_failed = False  # a load within this step did
         self._outbox: dict[int, tuple[OpResult, ...]] = {}
@@ -95,7 +98,8 @@ class WorkerSide:
         engines = [engine for engine in (self._engine, self._checker) if engine is not None]
         if not all(engine.drain(metadata.wait_before, self._config.transfer_timeout_s) for engine in engines):
             logger.error(
-                "stores of preempted requests did not end in %.1f s: dropped", self._config.transfer_timeout_s
+                "stores of blocks that were taken away did not end in %.1f s: dropped",
+                self._config.transfer_timeout_s,
             )
             with self._changed:
                 self._spoiled |= metadata.wait_before & self._unfinished.keys()
@@ -106,7 +110,7 @@ class WorkerSide:
             self._leave_segment(metadata.segment)
         self._step_failed = False
         for request_id, blocks in metadata.unloadable.items():
-            self._failed_blocks.update(blocks)
+            self._load_failed(request_id, blocks)
             if request_id in metadata.in_step:
                 self._step_failed = True
             elif request_id not in metadata.loads:
@@ -154,8 +158,13 @@ class WorkerSide:
         return released, loaded
 
     def failed_blocks(self) -> set[int]:
-        """Device blocks that a load left without their bytes, since the last call."""
+        """Device blocks that a load left without their bytes, since the last call; where loads do not fail as one."""
         failed, self._failed_blocks = self._failed_blocks, set()
+        return failed
+
+    def failed_requests(self) -> set[str]:
+        """Requests of which nothing that was promised counts as loaded, since the last call; all of them are :meth:`finished` loading."""
+        failed, self._failed_requests = self._failed_requests, set()
         return failed
 
     def results(self) -> WorkerResults | None:
@@ -292,7 +301,15 @@ class WorkerSide:
         request_id, op = load
         if request_id not in metadata.in_step:
             self._loaded.add(request_id)
-        self._failed_blocks.update(_blocks_without_bytes(op, result))
+        missing = _blocks_without_bytes(op, result)
+        if missing:
+            self._load_failed(request_id, missing)
+
+    def _load_failed(self, request_id: str, blocks: Collection[int]) -> None:
+        if self._fails_as_one:
+            self._failed_requests.add(request_id)
+        else:
+            self._failed_blocks.update(blocks)
 
 
 def _blocks_without_bytes(op: TransferOp, result: OpResult) -> Collection[int]:

@@ -112,6 +112,20 @@ def test_second_put_skips_what_the_first_is_writing(make: Engine) -> None:
     assert engine.match(keys) == 20
 
 
+def test_put_behind_what_its_caller_lacks_takes_nothing(make: Engine) -> None:
+    engine, keys, other = make(16), keys_of(12), keys_of(10)
+    store(engine, other)
+    for first in (1, 12):
+        put = engine.plan_put(keys, first)
+        assert (put.start_block, put.count, put.lease) == (0, 0, None)
+    assert engine.match(other) == 10, "nothing was evicted for it"
+    writing = engine.plan_put(keys[: 4 * KEY_BYTES])
+    put = engine.plan_put(keys[: 6 * KEY_BYTES], 4)
+    assert (put.start_block, put.count) == (4, 2), "what is being written counts as known"
+    engine.abort_put(put)
+    engine.abort_put(writing)
+
+
 def test_abort_takes_along_what_was_put_below(make: Engine) -> None:
     engine, keys = make(32), keys_of(20)
     first = engine.plan_put(keys[: 8 * KEY_BYTES])

@@ -32,6 +32,19 @@ def test_sizes_must_be_positive(field: str) -> None:
         KVLayout(**{**values, field: 0})
 
 
+def test_blocks_of_several_tables_fill_a_slot() -> None:
+    """Three device blocks of two sizes; what is recorded of a layout with one table is what it was before there were others."""
+    layout = KVLayout(32, 16, 1000, device_blocks=3)
+    assert (layout.blocks_per_slot, layout.shard_bytes) == (3, 3000)
+    assert KVLayout(**layout.as_dict()) == layout
+    assert "device_blocks" not in KVLayout(32, 16, 1000).as_dict()
+    assert repr(KVLayout(32, 16, 1000)) == (
+        "KVLayout(tokens_per_block=32, device_block_tokens=16, device_block_bytes=1000, shard_count=1)"
+    )
+    with pytest.raises(LayoutError, match="device_blocks is -1"):
+        KVLayout(32, 16, 1000, device_blocks=-1)
+
+
 def test_overlapping_blocks_are_refused() -> None:
     with pytest.raises(LayoutError, match="stride of 8 bytes; expected at least the piece's 16"):
         DeviceSegments(np.array([4096]), np.array([8]), piece_bytes=16, block_count=4)

@@ -92,15 +92,32 @@ def test_damage_is_refused_where_it_is_looked_for(bench: Bench, verify: bool) ->
     assert loaded[:, 4:6].any() == (not verify)
 
 
-def test_negative_blocks_are_left_out(bench: Bench) -> None:
+@pytest.mark.parametrize("left_out", [[0], [1, 4, 5, 15], list(range(15))])
+def test_negative_blocks_are_left_out(bench: Bench, left_out: list[int]) -> None:
+    """Of the head of a load what the device has already, of any slot what has left a window; even a whole slot."""
     stored = bench.store()
     bench.rig.write(bench.blocks, torch.zeros_like(stored))
     wanted = bench.blocks.copy()
-    wanted[0] = -1  # only the head of a load may be wanted in part
+    wanted[left_out] = -1
     assert all(bench.load(wanted))
     loaded = bench.rig.bytes_of(bench.blocks)
-    assert not loaded[:, 0].any()
-    assert torch.equal(loaded[:, 1:], stored[:, 1:])
+    assert not loaded[:, left_out].any()
+    kept = np.delete(np.arange(len(wanted)), left_out)
+    assert torch.equal(loaded[:, kept], stored[:, kept])
+
+
+def test_slot_that_is_wanted_in_part_is_checked_as_a_whole(bench: Bench) -> None:
+    stored = bench.store()
+    layout = bench.host.layout
+    view = (np.ctypeslib.ctypes.c_uint8 * layout.slot_bytes).from_address(
+        bench.host.address + int(SLOTS[2]) * layout.slot_bytes
+    )
+    view[layout.shard_bytes + 3] ^= 4  # in the part that is left out
+    bench.rig.write(bench.blocks, torch.zeros_like(stored))
+    wanted = bench.blocks.copy()
+    wanted[4] = -1
+    assert bench.load(wanted) == [place != 2 for place in range(len(SLOTS))]
+    assert not bench.rig.bytes_of(bench.blocks)[:, [4, 5]].any()
 
 
 def test_layers_are_loaded_one_by_one(bench: Bench) -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, KVCacheTensor
 
 from flexkv_core.config import FlexKVConfig
 from flexkv_vllm.metadata import WorkerResults
@@ -35,7 +35,11 @@ class PlayedEngine:
 
     def __init__(self, ranks: int, **settings: object) -> None:
         spec = FullAttentionSpec(block_size=BLOCK_TOKENS, num_kv_heads=1, head_size=8, dtype=torch.float32)
-        cache = KVCacheConfig(BLOCKS, [], [KVCacheGroupSpec(LAYERS, spec)])
+        page = spec.page_size_bytes
+        memory = KVCacheTensor(
+            len(LAYERS) * BLOCKS * page, LAYERS, layer_stride=BLOCKS * page, block_stride=page
+        )
+        cache = KVCacheConfig(BLOCKS, [memory], [KVCacheGroupSpec(LAYERS, spec)])
         config = FlexKVConfig(host_bytes="64MiB", transfer_timeout_s=TIMEOUT_S, **settings)  # type: ignore[arg-type]
         self.scheduler = SchedulerSide(_vllm_config(ranks), cache, config)
         self.evicted: set[int] = set()
@@ -136,7 +140,14 @@ def _vllm_config(ranks: int) -> Any:
         parallel_config=SimpleNamespace(
             tensor_parallel_size=ranks, pipeline_parallel_size=1, data_parallel_index=0
         ),
-        model_config=SimpleNamespace(model="toy", revision=None, quantization=None, dtype=torch.float32),
+        model_config=SimpleNamespace(
+            model="toy",
+            revision=None,
+            quantization=None,
+            dtype=torch.float32,
+            is_hybrid=False,
+            is_attention_free=False,
+        ),
         cache_config=SimpleNamespace(cache_dtype="auto"),
         device_config=SimpleNamespace(device_type="cpu"),
         scheduler_config=SimpleNamespace(async_scheduling=False),

@@ -15,9 +15,10 @@ from collections.abc import Callable
 from typing import Any
 
 
-def install(check: Callable[[Any, bool], None]) -> None:
+def install(prepare: Callable[[dict[str, Any]], None], check: Callable[[Any, bool], None]) -> None:
     """Have ``check(vllm_config, memory)`` called on each ``VllmConfig`` that this process makes; its errors pass through.
 
+    ``prepare(fields)`` comes before, with the fields that the configuration is made of, and may change those that nobody has set.
     ``memory`` is true for the first one of the process that starts the engine: later ones, and those of its children, may stand
     beside a host tier that is taken already. A second call does nothing.
     """
@@ -31,6 +32,8 @@ def install(check: Callable[[Any, bool], None]) -> None:
     @functools.wraps(original)
     def checked(self: Any, *arguments: Any, **fields: Any) -> None:
         nonlocal is_first
+        if fields.get("kv_transfer_config") is not None:
+            prepare(fields)
         original(self, *arguments, **fields)
         if getattr(self, "kv_transfer_config", None) is not None:
             memory, is_first = is_first, False
