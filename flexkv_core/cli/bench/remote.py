@@ -44,7 +44,7 @@ MIB = 1 << 20
 BATCH = 16
 LAYOUT = KVLayout(16, 16, MIB)
 ROUNDS, QUICK_ROUNDS = 15, 2
-SEGMENT_BYTES = 512 * MIB  # that Mooncake's bare client and FlexKV's share
+SEGMENT_BYTES = 1024 * MIB  # all rounds of both sides have room
 DEADLINE_S = 60.0
 
 Batch = Callable[[int], None]
