@@ -12,6 +12,7 @@ stores, its fastest way.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -42,8 +43,10 @@ class _Arena:
 
     @classmethod
     def touched(cls, data_bytes: int, rounds: int) -> _Arena:
-        """Both buffers with every page written once, all bytes equal."""
-        return cls(np.full(data_bytes, 1, np.uint8), np.full(data_bytes, 1, np.uint8), rounds)
+        """Both buffers with every page written once, all bytes equal; they begin with a page, as the host tier and an engine's tensors do."""
+        paged, pool = (np.frombuffer(mmap.mmap(-1, data_bytes), np.uint8) for _ in range(2))
+        paged[:], pool[:] = 1, 1
+        return cls(paged, pool, rounds)
 
 
 @dataclass(frozen=True)
