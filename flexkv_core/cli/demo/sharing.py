@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -53,6 +54,8 @@ def sharing(
     lights: Annotated[int, typer.Option(min=1, max=48, help="Length of the document, 72 tokens each.")] = 24,
 ) -> None:
     """See the module's text."""
+    # As an exception, so that servers and namespaces are removed on the way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     results: dict[str, Any] = {"roles": roles}
     with machines(2) as namespaces:
         results["network_namespaces"] = namespaces is not None
