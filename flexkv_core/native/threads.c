@@ -16,8 +16,6 @@ static struct {
     int busy;     /* a call has helpers */
 } pool = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, PTHREAD_COND_INITIALIZER, NULL, NULL, 0, 0, 0, 0};
 
-static pthread_once_t once = PTHREAD_ONCE_INIT;
-
 static void forget_threads(void) {
     pthread_mutex_init(&pool.mutex, NULL);
     pthread_cond_init(&pool.wake, NULL);
@@ -25,7 +23,9 @@ static void forget_threads(void) {
     pool.made = pool.wanted = pool.running = pool.busy = 0;
 }
 
-static void watch_forks(void) { pthread_atfork(NULL, NULL, forget_threads); }
+/* When the extension is loaded: a fork that began before the handler was known would not call it, and the child would count on its
+   parent's threads. */
+__attribute__((constructor)) static void watch_forks(void) { pthread_atfork(NULL, NULL, forget_threads); }
 
 static void *serve(void *unused) {
     (void)unused;
@@ -61,7 +61,6 @@ static void make_threads(long count) {
 }
 
 static int call_helpers(void (*work)(void *), void *argument, long count) {
-    pthread_once(&once, watch_forks);
     pthread_mutex_lock(&pool.mutex);
     int called = !pool.busy;
     if (called) {
