@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections import deque
 from collections.abc import Iterable
+from itertools import islice
 
 from flexkv_core.serve.wire import WireError
 
@@ -50,7 +51,7 @@ class Channel:
         """Send what waits, as far as it fits in; OSError if the connection is broken."""
         while self._waiting:
             try:
-                sent = self.socket.sendmsg([*self._waiting][:_PARTS_A_CALL], [], socket.MSG_NOSIGNAL)
+                sent = self.socket.sendmsg(list(islice(self._waiting, _PARTS_A_CALL)), [], socket.MSG_NOSIGNAL)
             except BlockingIOError:
                 return
             self._waiting_bytes -= sent
