@@ -1,9 +1,9 @@
-"""A server whose loads are disturbed: whatever goes wrong, the answer is the recomputed one. MLA, page size 16, the linker's own flags."""
+"""A server whose loads are disturbed: whatever goes wrong, the answer is the recomputed one. Page size 16, the linker's own flags."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,7 @@ class Disturbed:
 
 
 @pytest.fixture(scope="module")
-def running(
-    tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Disturbed]:
+def running(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Disturbed]:
     folder = tmp_path_factory.mktemp("disturbed")
     linker = {
         "linker": "InstrumentedLinker",
@@ -44,7 +42,7 @@ def running(
         *("--enable-unified-cache-external-linker", "--unified-cache-external-linker-backend", "dynamic"),
         *("--unified-cache-external-linker-config", json.dumps(linker)),
     ]
-    server = SglangServer(tiny_model("mla"), arguments, CPU_ENVIRONMENT, folder / "server.log")
+    server = SglangServer(llama, arguments, CPU_ENVIRONMENT, folder / "server.log")
     with server, SglangClient(server.base_url) as client:
         yield Disturbed(client, folder)
 

@@ -2,7 +2,8 @@
 
 A linker hears of pages that SGLang wants to keep and to find by hash. What it does not hear of, and what each hook is for:
 
-- who drives it (``init_cache_linker``): SGLang's driver knows tails of prompts, FlexKV needs requests;
+- who drives it (the name ``UnifiedCacheLinkerWrapper`` in the tree's module, which SGLang looks up after it has imported a linker; a hook on
+  ``init_cache_linker`` comes too late for the linker's own flags): SGLang's driver knows tails of prompts, FlexKV needs requests;
 - a request's checkpoints and its end (``checkpoint``, ``on_release``): stores begin and states end there;
 - an eviction that finds too little (``_evict``), because nodes that are being stored are locked for some milliseconds;
 - KV events are taken (``take_events``): FlexKV's go with SGLang's;
@@ -35,7 +36,6 @@ def install() -> None:
         return
     install.done = True  # type: ignore[attr-defined]
     for target, hook, kind in (
-        (f"{_TREE}.init_cache_linker", _init_cache_linker, HookType.AROUND),
         (f"{_TREE}.checkpoint", _checkpoint, HookType.AFTER),
         (f"{_TREE}.on_release", _on_release, HookType.AFTER),
         (f"{_TREE}._evict", _evict, HookType.AROUND),
@@ -47,6 +47,7 @@ def install() -> None:
     ):
         HookRegistry.register(target, hook, kind)
     HookRegistry.apply_hooks()
+    _drive_own_linkers()
 
 
 def _driver(tree: Any) -> FlexKVLinkerWrapper | None:
@@ -55,13 +56,17 @@ def _driver(tree: Any) -> FlexKVLinkerWrapper | None:
     return linker if hasattr(linker, "checkpointed") else None
 
 
-def _init_cache_linker(original: Callable[..., None], tree: Any, linker: Any) -> None:
-    from flexkv_sglang.linker import FlexKVLinker, FlexKVLinkerWrapper
+def _drive_own_linkers() -> None:
+    from sglang.srt.mem_cache import unified_radix_cache
 
-    if isinstance(linker, FlexKVLinker):
-        tree.linker = FlexKVLinkerWrapper(tree, linker)
-    else:
-        original(tree, linker)
+    original = unified_radix_cache.UnifiedCacheLinkerWrapper
+
+    def driver_of(tree: Any, linker: Any) -> Any:
+        from flexkv_sglang.linker import FlexKVLinker, FlexKVLinkerWrapper
+
+        return (FlexKVLinkerWrapper if isinstance(linker, FlexKVLinker) else original)(tree, linker)
+
+    unified_radix_cache.UnifiedCacheLinkerWrapper = driver_of
 
 
 def _checkpoint(result: None, tree: Any, req: Any, **options: Any) -> None:
