@@ -51,7 +51,9 @@ class Channel:
         """Send what waits, as far as it fits in; OSError if the connection is broken."""
         while self._waiting:
             try:
-                sent = self.socket.sendmsg(list(islice(self._waiting, _PARTS_A_CALL)), [], socket.MSG_NOSIGNAL)
+                sent = self.socket.sendmsg(
+                    list(islice(self._waiting, _PARTS_A_CALL)), [], socket.MSG_NOSIGNAL
+                )
             except BlockingIOError:
                 return
             self._waiting_bytes -= sent

@@ -73,7 +73,8 @@ def test_same_hits_and_answers_as_the_native_connector(engine: Engine, native_an
     assert sum(answer.external_tokens for answer in ours) > 4000, "too few hits to compare"
     for mine, native in zip(ours, native_answers, strict=True):
         assert (mine.cached_tokens, mine.external_tokens) == (native.cached_tokens, native.external_tokens)
-        assert (mine.token_ids, mine.logprobs) == (native.token_ids, native.logprobs)
+        assert mine.token_ids == native.token_ids
+        assert mine.logprob_error(native) <= RECOMPUTE_BOUND  # two engines need not form the same batches
     engine.check_integrity()
 
 
