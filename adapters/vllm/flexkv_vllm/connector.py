@@ -64,6 +64,7 @@ class FlexKVConnector(KVConnectorBase_V1, HybridConnector):
             self._scheduler = SchedulerSide(vllm_config, kv_cache_config, config)
         else:
             self._worker = WorkerSide(vllm_config, kv_cache_config, config)
+            self._stored_step: StepMetadata | None = None  # whose stores were started last
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -104,14 +105,17 @@ class FlexKVConnector(KVConnectorBase_V1, HybridConnector):
         """Stores take all layers at once, after the forward."""
 
     def wait_for_save(self) -> None:
-        self._worker.start_stores(self._step())
+        self._start_stores_once(self._step())
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        return self._worker.finished(self._step())
+        step = self._step()
+        if step.idle:  # versions before 0.31 leave `wait_for_save` out of steps that compute nothing
+            self._start_stores_once(step)
+        return self._worker.finished(step)
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
         """As :meth:`get_finished`, and the loads that failed as one; versions that take no such failures do not ask."""
-        sent, received = self._worker.finished(self._step())
+        sent, received = self.get_finished(finished_req_ids)
         return transfer_results(sent, received, self._worker.failed_requests())
 
     def get_block_ids_with_load_errors(self) -> set[int]:
@@ -185,6 +189,11 @@ class FlexKVConnector(KVConnectorBase_V1, HybridConnector):
         per_engine_labelvalues: dict[int, list[object]],
     ) -> KVConnectorPromMetrics | None:
         return FlexKVPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    def _start_stores_once(self, step: StepMetadata) -> None:
+        if step is not self._stored_step:
+            self._stored_step = step
+            self._worker.start_stores(step)
 
     def _step(self) -> StepMetadata:
         metadata = self._get_connector_metadata()
