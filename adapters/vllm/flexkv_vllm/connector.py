@@ -107,7 +107,7 @@ class FlexKVConnector(KVConnectorBase_V1, HybridConnector):
     def wait_for_save(self) -> None:
         self._start_stores_once(self._step())
 
-    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str], set[str]]:
         step = self._step()
         if step.idle:  # versions before 0.31 leave `wait_for_save` out of steps that compute nothing
             self._start_stores_once(step)
