@@ -131,10 +131,10 @@ def scatter_verify(
     blocks_per_slot: int = 1,
     shard_offset: int = 0,
 ) -> int:
-    """scatter of the slots whose image still has its checksum; returns how many have not.
+    """scatter, with the checksum of what was copied; returns how many slots' images no longer have theirs: their blocks hold zeros then.
 
-    keys: 16 * n bytes. crc_expected: uint32, shape [n]. ok_out: uint8, shape [n], writable; 1 where slot i was verified and copied,
-    0 where it was not copied.
+    keys: 16 * n bytes. crc_expected: uint32, shape [n]. ok_out: uint8, shape [n], writable; 1 where the blocks hold the
+    image of slot i, 0 where they hold zeros.
     """
 
 class Uring:

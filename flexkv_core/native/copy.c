@@ -3,6 +3,8 @@
 #include "functions.h"
 #include "kernels.h"
 
+#include <string.h>
+
 #define KEY_BYTES 16
 
 /* Transfers of at least this many bytes go past the caches: a cached store reads the line before it writes it (random 16 KiB pieces, 512
@@ -45,8 +47,6 @@ static uint32_t key_state(const transfer *t, size_t i) {
     return fk_active->crc(~0u, (const uint8_t *)t->keys.view.buf + KEY_BYTES * i, KEY_BYTES);
 }
 
-static uint32_t image_state(const transfer *t, size_t i) { return fk_active->crc(key_state(t, i), image_at(t, i), t->image_bytes); }
-
 static uint32_t gather_slot(const transfer *t, size_t i, fk_move move, uint32_t state) {
     uint8_t *image = image_at(t, i);
     for (size_t block = i * t->blocks_per_slot; block < (i + 1) * t->blocks_per_slot; block++, image += t->image_stride) {
@@ -57,14 +57,22 @@ static uint32_t gather_slot(const transfer *t, size_t i, fk_move move, uint32_t 
     return state;
 }
 
-static void scatter_slot(const transfer *t, size_t i, fk_move move) {
+static uint32_t scatter_slot(const transfer *t, size_t i, fk_move move, uint32_t state) {
     const uint8_t *image = image_at(t, i), *next_slot = image_at(t, i + (i + 1 < t->slot_count));
     for (size_t j = 0; j < t->blocks_per_slot; j++, image += t->image_stride) {
         const uint8_t *from = image, *next = j + 1 < t->blocks_per_slot ? image + t->image_stride : next_slot;
         for (size_t s = 0; s < t->segment_count; s++, from += t->piece_bytes)
-            move(piece_at(t, i * t->blocks_per_slot + j, s), from, t->piece_bytes, 0,
-                 s + 1 < t->segment_count ? from + t->piece_bytes : next);
+            state = move(piece_at(t, i * t->blocks_per_slot + j, s), from, t->piece_bytes, state,
+                         s + 1 < t->segment_count ? from + t->piece_bytes : next);
     }
+    return state;
+}
+
+/* Zeros in the paged blocks of slot i: what is not what was stored may be NaN, which a masked attention does not keep out. */
+static void clear_blocks(const transfer *t, size_t i) {
+    for (size_t block = i * t->blocks_per_slot; block < (i + 1) * t->blocks_per_slot; block++)
+        for (size_t s = 0; s < t->segment_count; s++)
+            memset(piece_at(t, block, s), 0, t->piece_bytes);
 }
 
 static Py_ssize_t run_gather(const transfer *t) {
@@ -77,7 +85,7 @@ static Py_ssize_t run_gather(const transfer *t) {
 static Py_ssize_t run_scatter(const transfer *t) {
     fk_move move = t->is_stream ? fk_active->stream : fk_active->copy;
     for (size_t i = 0; i < t->slot_count; i++)
-        scatter_slot(t, i, move);
+        scatter_slot(t, i, move, 0);
     return 0;
 }
 
@@ -89,35 +97,16 @@ static Py_ssize_t run_gather_crc(const transfer *t) {
     return 0;
 }
 
-/* Copies slot i out while the next slot's image is read for its checksum, word by word in turns, so that both directions of the memory
- * are busy at once. Returns the state after the next image. */
-static uint32_t scatter_and_read_next(const transfer *t, size_t i, fk_move_read move) {
-    const uint8_t *from = image_at(t, i), *read = image_at(t, i + 1);
-    uint32_t state = key_state(t, i + 1);
-    for (size_t block = i * t->blocks_per_slot; block < (i + 1) * t->blocks_per_slot; block++)
-        for (size_t s = 0; s < t->segment_count; s++, from += t->piece_bytes, read += t->piece_bytes)
-            state = move(piece_at(t, block, s), from, t->piece_bytes, state, read);
-    return state;
-}
-
-/* An image is copied right after it was verified, from the caches: what was verified is what is copied. */
+/* The checksum is taken of the very bytes that are copied, each loaded once. */
 static Py_ssize_t run_scatter_verify(const transfer *t) {
-    fk_move move = t->is_stream ? fk_active->stream : fk_active->copy;
-    fk_move_read move_read = t->is_stream ? fk_active->stream_read : fk_active->copy_read;
+    fk_move move = t->is_stream ? fk_active->stream_crc : fk_active->copy_crc;
     const uint32_t *crcs = t->crcs.view.buf;
     uint8_t *ok = t->ok.view.buf;
     Py_ssize_t mismatches = 0;
-    uint32_t state = image_state(t, 0);
     for (size_t i = 0; i < t->slot_count; i++) {
-        int has_next = i + 1 < t->slot_count;
-        ok[i] = ~state == crcs[i];
-        mismatches += !ok[i];
-        if (ok[i] && has_next)
-            state = scatter_and_read_next(t, i, move_read);
-        else if (ok[i])
-            scatter_slot(t, i, move);
-        else if (has_next)
-            state = image_state(t, i + 1);
+        ok[i] = ~scatter_slot(t, i, move, key_state(t, i)) == crcs[i];
+        if (!ok[i])
+            clear_blocks(t, i), mismatches++;
     }
     return mismatches;
 }

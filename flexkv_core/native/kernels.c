@@ -56,16 +56,10 @@ static uint32_t generic_copy_crc(uint8_t *to, const uint8_t *from, size_t n, uin
     return state;
 }
 
-static uint32_t generic_copy_read(uint8_t *to, const uint8_t *from, size_t n, uint32_t state, const uint8_t *read) {
-    memcpy(to, from, n);
-    return generic_crc(state, read, n);
-}
-
 static void generic_fence(void) {}
 
 const fk_kernels fk_kernels_generic = {
-    "generic",        generic_crc,       generic_copy,      generic_copy,  generic_copy_crc,
-    generic_copy_crc, generic_copy_read, generic_copy_read, generic_fence,
+    "generic", generic_crc, generic_copy, generic_copy, generic_copy_crc, generic_copy_crc, generic_fence,
 };
 
 #if defined(__x86_64__)

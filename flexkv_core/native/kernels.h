@@ -14,10 +14,6 @@
  * anew at each of them. */
 typedef uint32_t (*fk_move)(uint8_t *to, const uint8_t *from, size_t n, uint32_t state, const uint8_t *next);
 
-/* Copies n bytes and returns the state after n other bytes, at `read`: the copy of what was verified overlaps with reading what is to
- * be verified next. */
-typedef uint32_t (*fk_move_read)(uint8_t *to, const uint8_t *from, size_t n, uint32_t state, const uint8_t *read);
-
 typedef struct {
     const char *name;
     uint32_t (*crc)(uint32_t state, const uint8_t *data, size_t n);
@@ -25,8 +21,6 @@ typedef struct {
     fk_move stream;     /* past the caches; call fence() before the bytes are handed to another thread or device */
     fk_move copy_crc;   /* CRC of the very bytes that are stored: each is loaded once */
     fk_move stream_crc;
-    fk_move_read copy_read;
-    fk_move_read stream_read;
     void (*fence)(void);
 } fk_kernels;
 

@@ -5,8 +5,8 @@
  * left by one; the tests derive them again. The last 16 bytes go through the processor's own crc32 instruction, which saves the
  * Barrett reduction.
  *
- * Every loop does the same with what it is given: it copies `from` to `to` unless move is NONE, and takes the CRC of `from` (OF_COPY) or
- * of `read` (OF_OTHER). Both choices are constants where the loops are inlined. `read` is `from` where it is not other bytes.
+ * Every loop does the same with what it is given: it copies `from` to `to` unless move is NONE, and takes the CRC of what it reads
+ * (OF_COPY). Both choices are constants where the loops are inlined.
  */
 #if defined(__x86_64__)
 #include "kernels.h"
@@ -18,7 +18,7 @@
 #define INLINE static inline __attribute__((always_inline)) TARGET
 
 enum move { NONE, CACHED, STREAM };
-enum crc { WITHOUT, OF_COPY, OF_OTHER };
+enum crc { WITHOUT, OF_COPY };
 
 /* Long pieces are copied as two pages side by side: two streams of loads keep more of the memory's banks busy than one. */
 #define LANE_BYTES 4096
@@ -38,7 +38,7 @@ enum crc { WITHOUT, OF_COPY, OF_OTHER };
 /* A piece under way. */
 typedef struct {
     uint8_t *to;
-    const uint8_t *from, *read;
+    const uint8_t *from;
     const uint8_t *next; /* where the bytes to be read after this piece begin */
     size_t n;
     __m512i x;    /* CRC of what was read, folded onto the 64 bytes before the next ones */
@@ -56,16 +56,16 @@ INLINE __m512i fold(__m512i x, __m512i powers, __m512i data) {
 }
 
 /* Copies 64 bytes; returns those to be folded in. */
-INLINE __m512i word(const piece *p, size_t at, enum move move, enum crc crc) {
+INLINE __m512i word(const piece *p, size_t at, enum move move) {
     __m512i data = load(p->from + at);
     if (move == CACHED)
         _mm512_storeu_si512(p->to + at, data);
     if (move == STREAM)
         _mm512_stream_si512((__m512i *)(p->to + at), data);
-    return crc == OF_OTHER ? load(p->read + at) : data;
+    return data;
 }
 
-INLINE void advance(piece *p, size_t n) { p->to += n, p->from += n, p->read += n, p->n -= n; }
+INLINE void advance(piece *p, size_t n) { p->to += n, p->from += n, p->n -= n; }
 
 INLINE void folded(piece *p, __m512i x) { p->x = x, p->seed = _mm512_setzero_si512(); }
 
@@ -74,16 +74,16 @@ INLINE __m512i resume(const piece *p, __m512i data) { return fold(p->x, BY_64, _
 
 /* Two lanes of LANE_BYTES. */
 INLINE void lanes(piece *p, enum move move, enum crc crc) {
-    const uint8_t *next = p->n > 2 * LANE_BYTES ? p->read + 2 * LANE_BYTES : p->next;
+    const uint8_t *next = p->n > 2 * LANE_BYTES ? p->from + 2 * LANE_BYTES : p->next;
     prefetch(next), prefetch(next + LANE_BYTES); /* translating an address takes as long as a miss: begin a whole step early */
     __m512i a0 = _mm512_setzero_si512(), a1 = a0, b0 = a0, b1 = a0;
     for (size_t at = 0; at < LANE_BYTES; at += 128) {
         size_t then = at + LANE_AHEAD_BYTES;
-        const uint8_t *ahead = then < LANE_BYTES ? p->read + then : next + (then - LANE_BYTES);
+        const uint8_t *ahead = then < LANE_BYTES ? p->from + then : next + (then - LANE_BYTES);
         prefetch(ahead), prefetch(ahead + 64);
         prefetch(ahead + LANE_BYTES), prefetch(ahead + LANE_BYTES + 64);
-        __m512i c0 = word(p, at, move, crc), c1 = word(p, at + 64, move, crc);
-        __m512i d0 = word(p, at + LANE_BYTES, move, crc), d1 = word(p, at + LANE_BYTES + 64, move, crc);
+        __m512i c0 = word(p, at, move), c1 = word(p, at + 64, move);
+        __m512i d0 = word(p, at + LANE_BYTES, move), d1 = word(p, at + LANE_BYTES + 64, move);
         if (crc != WITHOUT && at == 0)
             a0 = resume(p, c0), a1 = c1, b0 = d0, b1 = d1;
         else if (crc != WITHOUT)
@@ -100,10 +100,10 @@ INLINE void quads(piece *p, enum move move, enum crc crc) {
     size_t at = 0;
     for (; p->n - at >= 256; at += 256) {
         size_t left = p->n - at;
-        const uint8_t *ahead = left > AHEAD_BYTES ? p->read + at + AHEAD_BYTES : p->next + (AHEAD_BYTES - left);
+        const uint8_t *ahead = left > AHEAD_BYTES ? p->from + at + AHEAD_BYTES : p->next + (AHEAD_BYTES - left);
         prefetch(ahead), prefetch(ahead + 64), prefetch(ahead + 128), prefetch(ahead + 192);
-        __m512i y0 = word(p, at, move, crc), y1 = word(p, at + 64, move, crc);
-        __m512i y2 = word(p, at + 128, move, crc), y3 = word(p, at + 192, move, crc);
+        __m512i y0 = word(p, at, move), y1 = word(p, at + 64, move);
+        __m512i y2 = word(p, at + 128, move), y3 = word(p, at + 192, move);
         if (crc != WITHOUT && at == 0)
             x0 = resume(p, y0), x1 = y1, x2 = y2, x3 = y3;
         else if (crc != WITHOUT)
@@ -136,7 +136,7 @@ INLINE uint32_t words(piece *p, uint32_t state, enum move move, enum crc crc) {
     if (p->n >= 256)
         quads(p, move, crc);
     for (; p->n >= 64; advance(p, 64)) {
-        __m512i data = word(p, 0, move, crc);
+        __m512i data = word(p, 0, move);
         if (crc != WITHOUT)
             folded(p, resume(p, data));
     }
@@ -148,7 +148,7 @@ INLINE uint32_t bytes(piece *p, size_t n, uint32_t state, enum move move, enum c
     __mmask64 mask = _bzhi_u64(~0ull, (unsigned)n);
     if (move != NONE)
         _mm512_mask_storeu_epi8(p->to, mask, _mm512_maskz_loadu_epi8(mask, p->from));
-    const uint8_t *read = move != NONE && crc == OF_COPY ? p->to : p->read; /* of the very bytes that were stored */
+    const uint8_t *read = move != NONE ? p->to : p->from; /* of the very bytes that were stored */
     size_t at = 0;
     for (; crc != WITHOUT && n - at >= 8; at += 8) {
         uint64_t eight;
@@ -170,34 +170,26 @@ INLINE uint32_t run(piece p, uint32_t state, enum move move, enum crc crc) {
 }
 
 TARGET static uint32_t crc_only(uint32_t state, const uint8_t *data, size_t n) {
-    return run((piece){.from = data, .read = data, .next = data + n, .n = n}, state, NONE, OF_COPY);
+    return run((piece){.from = data, .next = data + n, .n = n}, state, NONE, OF_COPY);
 }
 
 TARGET static uint32_t copy(uint8_t *to, const uint8_t *from, size_t n, uint32_t state, const uint8_t *next) {
-    return run((piece){.to = to, .from = from, .read = from, .next = next, .n = n}, state, CACHED, WITHOUT);
+    return run((piece){.to = to, .from = from, .next = next, .n = n}, state, CACHED, WITHOUT);
 }
 
 TARGET static uint32_t stream(uint8_t *to, const uint8_t *from, size_t n, uint32_t state, const uint8_t *next) {
-    return run((piece){.to = to, .from = from, .read = from, .next = next, .n = n}, state, STREAM, WITHOUT);
+    return run((piece){.to = to, .from = from, .next = next, .n = n}, state, STREAM, WITHOUT);
 }
 
 TARGET static uint32_t copy_crc(uint8_t *to, const uint8_t *from, size_t n, uint32_t state, const uint8_t *next) {
-    return run((piece){.to = to, .from = from, .read = from, .next = next, .n = n}, state, CACHED, OF_COPY);
+    return run((piece){.to = to, .from = from, .next = next, .n = n}, state, CACHED, OF_COPY);
 }
 
 TARGET static uint32_t stream_crc(uint8_t *to, const uint8_t *from, size_t n, uint32_t state, const uint8_t *next) {
-    return run((piece){.to = to, .from = from, .read = from, .next = next, .n = n}, state, STREAM, OF_COPY);
-}
-
-TARGET static uint32_t copy_read(uint8_t *to, const uint8_t *from, size_t n, uint32_t state, const uint8_t *read) {
-    return run((piece){.to = to, .from = from, .read = read, .next = read + n, .n = n}, state, CACHED, OF_OTHER);
-}
-
-TARGET static uint32_t stream_read(uint8_t *to, const uint8_t *from, size_t n, uint32_t state, const uint8_t *read) {
-    return run((piece){.to = to, .from = from, .read = read, .next = read + n, .n = n}, state, STREAM, OF_OTHER);
+    return run((piece){.to = to, .from = from, .next = next, .n = n}, state, STREAM, OF_COPY);
 }
 
 static void fence(void) { _mm_sfence(); }
 
-const fk_kernels fk_kernels_avx512 = {"avx512", crc_only, copy, stream, copy_crc, stream_crc, copy_read, stream_read, fence};
+const fk_kernels fk_kernels_avx512 = {"avx512", crc_only, copy, stream, copy_crc, stream_crc, fence};
 #endif

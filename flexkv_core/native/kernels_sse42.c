@@ -170,19 +170,7 @@ TARGET static uint32_t stream_crc(uint8_t *to, const uint8_t *from, size_t n, ui
     return run((piece){.to = to, .from = from, .next = next, .n = n}, state, STREAM, OF_COPY);
 }
 
-/* One after the other, piece by piece. Word by word in turns, as with AVX-512, the loads of other lines between stores past the caches cost
- * eight times what they hide (AMD EPYC without AVX-512, 91 MB in pieces of 24 KiB: 174 ms, this way 19 to 23; 2026-11). */
-TARGET static uint32_t copy_read(uint8_t *to, const uint8_t *from, size_t n, uint32_t state, const uint8_t *read) {
-    copy(to, from, n, 0, read);
-    return crc_only(state, read, n);
-}
-
-TARGET static uint32_t stream_read(uint8_t *to, const uint8_t *from, size_t n, uint32_t state, const uint8_t *read) {
-    stream(to, from, n, 0, read);
-    return crc_only(state, read, n);
-}
-
 static void fence(void) { _mm_sfence(); }
 
-const fk_kernels fk_kernels_sse42 = {"sse42", crc_only, copy, stream, copy_crc, stream_crc, copy_read, stream_read, fence};
+const fk_kernels fk_kernels_sse42 = {"sse42", crc_only, copy, stream, copy_crc, stream_crc, fence};
 #endif

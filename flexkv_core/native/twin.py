@@ -175,7 +175,7 @@ def scatter_verify(
     blocks_per_slot: int = 1,
     shard_offset: int = 0,
 ) -> int:
-    """scatter of the slots whose checksum holds; see ``_native.pyi``."""
+    """scatter, and zeros for the slots whose checksum does not hold; see ``_native.pyi``."""
     paging = _Paging.of(segment_addrs, block_strides, piece_bytes, block_count, blocks_per_slot)
     pool = _Pool(slot_base, slot_stride, slot_count, shard_offset)
     block_ids, slot_ids = _checked_ids(paging, pool, blocks, slots)
@@ -190,6 +190,7 @@ def scatter_verify(
         if passed[i]:
             _scatter_slot(paging, pool, block_ids, slot_ids, i)
         else:
+            _clear_blocks(paging, block_ids, i)
             mismatches += 1
     return mismatches
 
@@ -288,6 +289,12 @@ def _scatter_slot(paging: _Paging, pool: _Pool, block_ids: _Array, slot_ids: _Ar
     image = pool.image_addr(int(slot_ids[i]))
     for addr, at in paging.pieces(block_ids[i * k : (i + 1) * k]):
         ctypes.memmove(addr, image + at, size)
+
+
+def _clear_blocks(paging: _Paging, block_ids: _Array, i: int) -> None:
+    k = paging.blocks_per_slot
+    for addr, _ in paging.pieces(block_ids[i * k : (i + 1) * k]):
+        ctypes.memset(addr, 0, paging.piece_bytes)
 
 
 def _image_crc(paging: _Paging, pool: _Pool, slot: int, key: _Array) -> int:

@@ -75,7 +75,7 @@ class OpStatus(Enum):
 class OpResult:
     """The end of an op.
 
-    ``ok`` is bool [n]: which blocks arrived whole (a LOAD finds a block whose checksum does not match and leaves it out); all False
+    ``ok`` is bool [n]: which blocks arrived whole (a LOAD leaves nothing of a block whose checksum does not match); all False
     unless ``status`` is DONE. ``seconds`` is the time the copy took, without its wait in the queue. ``wrong`` is bool [n] where the op
     compared instead of copying: the blocks that were looked at and are not what they should be.
     """
@@ -144,7 +144,7 @@ class DeviceCopier(Protocol):
 
     def scatter(self, op: TransferOp, after: object, verify: bool) -> npt.NDArray[np.bool_]:
         """Slots -> device blocks, once the device has passed ``after``; bool [n], False for a block whose bytes do not match their
-        checksum (it is not copied). With ``verify`` False nothing is checked. Returns when the device may read the blocks."""
+        checksum (nothing of it stays in its device blocks). With ``verify`` False nothing is checked. Returns when the device may read the blocks."""
 
     def scatter_layers(self, op: TransferOp, after: object, on_layer: Callable[[object], None]) -> None:
         """Slots -> device blocks, once the device has passed ``after``, layer after layer of ``segments``: all blocks of layer 0, then of

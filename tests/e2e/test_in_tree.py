@@ -76,8 +76,8 @@ def test_same_hits_and_answers_as_the_native_connector(engine: Engine, native_an
         assert (mine.cached_tokens, mine.external_tokens) == (native.cached_tokens, native.external_tokens)
         assert mine.token_ids == native.token_ids
         assert mine.logprob_error(native) <= RECOMPUTE_BOUND
-    one_by_one = slice(0, -TOGETHER)  # of requests that run together, two engines need not form the same batches
-    assert [answer.logprobs for answer in ours[one_by_one]] == [answer.logprobs for answer in native_answers[one_by_one]]
+    alone = slice(0, -TOGETHER)  # of those that run together, two engines need not form the same batches
+    assert [mine.logprobs for mine in ours[alone]] == [native.logprobs for native in native_answers[alone]]
     engine.check_integrity()
 
 
