@@ -1,10 +1,11 @@
 """What a hit in host memory costs with FlexKV and with vLLM's own offloading: real servers in turns, the same prompts.
 
-Both serve SmolLM2-135M-Instruct in bfloat16 on the same cores, one at a time: side by side on two cores they disturbed each other, and
-not alike (a hit of vLLM's own took 0.3 s alone and 1.0 s beside FlexKV's server, for a reason that was not found). A turn is a server of each; it computes every prompt once and is then asked
-again and again, each time from its own prefix cache and, after that was dropped, from host memory. A hit that found less than the whole
-prompt (but its last block) stops the benchmark. vLLM's connector refuses a CPU; ``flexkv_vllm.native_offload`` says what was put in
-the place of its copies.
+Both serve SmolLM2-135M-Instruct in float32 (a processor without instructions for bfloat16 takes minutes for a prompt) on the same cores,
+one at a time: side by side on two cores they disturbed each other, and not alike (a hit of vLLM's own took 0.3 s alone and 1.0 s beside
+FlexKV's server, for a reason that was not found). A turn is a server of each; it computes every prompt once and is then asked again and
+again, each time from its own prefix cache and, after that was dropped, from host memory. A hit that found less than the whole prompt (but
+its last block) stops the benchmark. vLLM's connector refuses a CPU; ``flexkv_vllm.native_offload`` says what was put in the place of its
+copies.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def _measure(side: str, rounds: int) -> _Times:
         "VLLM_CPU_OMP_THREADS_BIND": compute_cpus(),
         "FLEXKV_HOST_BYTES": str(_POOL_BYTES),
     }
-    arguments = [*CPU_ARGUMENTS, "--dtype", "bfloat16", "--kv-transfer-config", _SIDES[side]]
+    arguments = [*CPU_ARGUMENTS, "--kv-transfer-config", _SIDES[side]]
     times_ms: _Times = {(side, state): [] for state in ("recompute", "device", "host")}
     with tempfile.TemporaryDirectory(prefix="flexkv-peers-") as folder:
         server = VllmServer(ensure_demo_model(), arguments, environment, Path(folder) / "server.log")
