@@ -292,9 +292,9 @@ class SharedBlocks:
     ) -> tuple[Planned | None, _Task | None]:
         """Ask for a plan; and its task, where there is something to do."""
         link = self._usable_link()
-        unpack = partial(Planned.unpack, blocks_max=len(keys) // KEY_BYTES)
         if link is None:
             return None, None
+        unpack = partial(Planned.unpack, blocks_max=len(keys) // KEY_BYTES, slots_max=link.host.slot_count)
         planned = link.call(kind, keys, self._deadline_s, unpack, asked_from, purpose)
         if planned is None:
             return None, None
@@ -384,6 +384,8 @@ class SharedBlocks:
                 while len(self._early) > EARLY_MAX:
                     self._early.popitem(last=False)
                 return
+            if len(done.ok) != task.blocks and task.purpose is not Purpose.PREFETCH:
+                raise WireError(f"the end of a task of {task.blocks} blocks speaks of {len(done.ok)}")
             if task.purpose is not Purpose.GET:
                 self._count_done(task, done)
         self._finish(task, done)

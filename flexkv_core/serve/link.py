@@ -7,6 +7,7 @@ another.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +28,7 @@ from flexkv_core.serve.tenants import Greeting
 from flexkv_core.serve.wire import (
     GREETING_BYTES_MAX,
     PAYLOAD_BYTES_MAX,
+    SLOTS_MAX,
     FrameReader,
     Kind,
     Planned,
@@ -44,9 +47,8 @@ SUSPENDED_MAX_S = 10.0
 """A server that has not answered for so long is given up; another connection is tried."""
 OUTBOX_BYTES_MAX = 8 << 20
 """What may wait for a suspended server to read; beyond it the link is broken."""
-
-
 _DESCRIPTORS = 4
+_WORDS_BYTES_MAX = 4096
 
 _Answer = TypeVar("_Answer")
 
@@ -195,7 +197,7 @@ class Link:
         self._reader.received(count)
         for kind, number, payload in self._reader.frames():
             if kind is Kind.ERROR:
-                raise Refused(payload.tobytes().decode(errors="replace"))
+                raise Refused(_words(payload))
             if kind is not self._awaited or number != self._number:
                 raise WireError(f"answer {number} of kind {kind.name} was not asked for")
             return payload
@@ -220,23 +222,28 @@ class Link:
     # The thread
 
     def _listen(self) -> None:
+        """However it ends, the link is broken then: without this thread no task would ever end."""
+        error: Exception | None = RuntimeError("what the server said could not be taken in")
+        try:
+            self._take_events()
+            error = None
+        except (OSError, FlexKVError) as caught:
+            error = caught
+        finally:
+            with self._lock:
+                self._break(error)
+                self._arena.close()
+            self._events.close()
+
+    def _take_events(self) -> None:
         reader = FrameReader(PAYLOAD_BYTES_MAX)
-        error: Exception | None = None
         while not self.is_broken:
-            try:
-                count = self._events.recv_into(reader.space())
-                if not count:
-                    raise ConnectionResetError("the server has closed the connection")
-                reader.received(count)
-                for kind, number, payload in reader.frames():
-                    self._on_event(self, kind, number, payload)
-            except (OSError, FlexKVError) as caught:
-                error = caught
-                break
-        with self._lock:
-            self._break(error)
-            self._arena.close()
-        self._events.close()
+            count = self._events.recv_into(reader.space())
+            if not count:
+                raise ConnectionResetError("the server has closed the connection")
+            reader.received(count)
+            for kind, number, payload in reader.frames():
+                self._on_event(self, kind, number, payload)
 
 
 def open_link(
@@ -252,33 +259,24 @@ def open_link(
         Refused: it does not want this client.
         FlexKVError: what it says makes no sense, or its memory cannot be mapped.
     """
+    deadline = time.monotonic() + GREETING_TIMEOUT_S
     calls = connect(path, GREETING_TIMEOUT_S)
     fds: list[int] = []
-    try:
+    with contextlib.ExitStack() as undo:
+        undo.callback(calls.close)
+        undo.callback(_close_all, fds)
         calls.sendall(b"".join(frame(Kind.HELLO, 0, greeting.pack())))
-        values = _greeted(calls, fds)
-        memory, lifeline, events, keys = fds
-        fds[:] = [events, keys]
-        host = HostSegment.adopt(
-            memory, lifeline, int(values["slot_count"]), greeting.model.layout, bool(values["huge_pages"])
-        )
+        terms = _greeted(calls, fds, deadline)
+        memory, lifeline, events_fd, keys = fds
+        fds[:] = [events_fd, keys]
+        host = HostSegment.adopt(memory, lifeline, terms.slot_count, greeting.model.layout, terms.huge_pages)
+        undo.callback(host.close)  # else its lifeline would stay open, and the server hold a place for nobody
         arena = Arena(fds.pop())
-        return Link(
-            calls,
-            socket.socket(fileno=fds.pop()),
-            arena,
-            host,
-            bool(values["has_remote"]),
-            on_event,
-            on_broken,
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, FlexKVError):
-            raise
-        raise WireError(f"the server's greeting cannot be read: {error!r}") from error
-    finally:
-        for fd in fds:
-            os.close(fd)
+        undo.callback(arena.close)
+        events = socket.socket(fileno=events_fd)
+        fds.clear()
+        undo.pop_all()
+    return Link(calls, events, arena, host, terms.has_remote, on_event, on_broken)
 
 
 def ask_status(path: Path, timeout_s: float) -> dict[str, object]:
@@ -288,25 +286,47 @@ def ask_status(path: Path, timeout_s: float) -> dict[str, object]:
         OSError: there is no server, or it does not answer in time.
         FlexKVError: what it says makes no sense.
     """
+    deadline = time.monotonic() + timeout_s
     with connect(path, timeout_s) as calls:
         calls.sendall(b"".join(frame(Kind.STATUS, 1)))
         reader = FrameReader(PAYLOAD_BYTES_MAX)
         while True:
+            calls.settimeout(_left(deadline))
             count = calls.recv_into(reader.space())
             if not count:
                 raise ConnectionResetError("the server has closed the connection")
             reader.received(count)
             for kind, _, payload in reader.frames():
                 if kind is not Kind.STATUS:
-                    raise Refused(payload.tobytes().decode(errors="replace"))
-                status: dict[str, object] = json.loads(payload.tobytes())
-                return status
+                    raise Refused(_words(payload))
+                return _json(payload)
 
 
-def _greeted(calls: socket.socket, fds: list[int]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Terms:
+    """What the server's greeting says."""
+
+    slot_count: int
+    huge_pages: bool
+    has_remote: bool
+
+    @classmethod
+    def unpack(cls, payload: memoryview) -> _Terms:
+        """WireError if it is something else."""
+        values = _json(payload)
+        slots, huge_pages, has_remote = (
+            values.get(name) for name in ("slot_count", "huge_pages", "has_remote")
+        )
+        if type(slots) is not int or not 0 < slots < SLOTS_MAX:
+            raise WireError(f"the server's greeting cannot be read: slot_count = {slots!r}")
+        return cls(slots, bool(huge_pages), bool(has_remote))
+
+
+def _greeted(calls: socket.socket, fds: list[int], deadline: float) -> _Terms:
     """The server's answer to HELLO; its descriptors go into ``fds`` as they come."""
     reader = FrameReader(GREETING_BYTES_MAX)
     while True:
+        calls.settimeout(_left(deadline))
         with memoryview(bytearray(4096)) as space:
             count, ancillary, _, _ = calls.recvmsg_into(
                 [space], socket.CMSG_SPACE(_DESCRIPTORS * 4), socket.MSG_CMSG_CLOEXEC
@@ -316,12 +336,41 @@ def _greeted(calls: socket.socket, fds: list[int]) -> dict[str, Any]:
                     fds.extend(int.from_bytes(data[i : i + 4], "little") for i in range(0, len(data), 4))
             if not count:
                 raise ConnectionResetError("the server has closed the connection")
+            if len(fds) > _DESCRIPTORS:
+                raise WireError(f"{len(fds)} descriptors; {_DESCRIPTORS} are expected")
             reader.space()[:count] = space[:count]
         reader.received(count)
         for kind, _, payload in reader.frames():
             if kind is Kind.ERROR:
-                raise Refused(payload.tobytes().decode(errors="replace"))
+                raise Refused(_words(payload))
             if kind is not Kind.HELLO or len(fds) != _DESCRIPTORS:
                 raise WireError(f"{kind.name} with {len(fds)} descriptors is no greeting")
-            values: dict[str, Any] = json.loads(payload.tobytes())
-            return values
+            return _Terms.unpack(payload)
+
+
+def _left(deadline: float) -> float:
+    """Seconds until ``deadline``; TimeoutError if it is over, however much came until now."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("the server's answer did not come in time")
+    return left
+
+
+def _words(payload: memoryview) -> str:
+    """What the server says of an error, for people."""
+    return payload[:_WORDS_BYTES_MAX].tobytes().decode(errors="replace")
+
+
+def _json(payload: memoryview) -> dict[str, Any]:
+    try:
+        values = json.loads(payload.tobytes())
+    except (ValueError, RecursionError) as error:
+        raise WireError(f"the server's answer cannot be read: {error!r}") from error
+    if not isinstance(values, dict):
+        raise WireError(f"the server's answer is a {type(values).__name__}")
+    return values
+
+
+def _close_all(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)

@@ -161,27 +161,29 @@ class Server:
         logger.info("client %d: %s", session.number, session.name)
 
     def _send_descriptors(self, session: Session, tenant: Tenant) -> None:
-        """The host tier's memory, the client's end of the lifeline, its end of the events' socket, and the memory for keys."""
-        session.lifeline_fd, lifeline = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        session.events = Channel(mine, OUT_BYTES_MAX)
+        """The host tier's memory, the client's end of the lifeline, its end of the events' socket, and the memory for keys.
+
+        What is made here is watched before it is sent: a client that has left already is cleared away like any other.
+        """
         handle = tenant.manager.host.handle
         values = {"slot_count": handle.slot_count, "huge_pages": handle.huge_pages}
         values["has_remote"] = tenant.manager.config.remote_url is not None
         answer = b"".join(frame(Kind.HELLO, 0, json.dumps(values).encode()))
-        try:
+        with contextlib.ExitStack() as stack:
+            session.lifeline_fd, lifeline = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            stack.callback(os.close, lifeline)  # or its end would never be seen
+            closed = partial(self._guard_events, session, self._on_lifeline)
+            self._selector.register(session.lifeline_fd, selectors.EVENT_READ, closed)
+            mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            stack.callback(theirs.close)
+            session.events = Channel(mine, OUT_BYTES_MAX)
+            on_events = partial(self._guard_events, session, self._on_events)
+            self._selector.register(mine, selectors.EVENT_READ, on_events)
             session.arena = Arena.create()
             fds = [handle.memory.fd, lifeline, theirs.fileno(), session.arena.fd]
             sent = socket.send_fds(session.calls.socket, [answer], fds, socket.MSG_NOSIGNAL)
-        finally:
-            os.close(lifeline)  # or its end would never be seen
-            theirs.close()
         if sent != len(answer):
             raise WireError("it does not read")
-        closed = partial(self._guard_events, session, self._on_lifeline)
-        self._selector.register(session.lifeline_fd, selectors.EVENT_READ, closed)
-        on_events = partial(self._guard_events, session, self._on_events)
-        self._selector.register(mine, selectors.EVENT_READ, on_events)
 
     def _on_events(self, session: Session, events: int) -> None:
         """The client has closed its end, or reads again."""

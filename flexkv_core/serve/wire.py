@@ -32,6 +32,10 @@ PAYLOAD_BYTES_MAX = 4 << 20
 """Payload of any other frame: the slots of a plan of a million blocks."""
 
 
+SLOTS_MAX = 1 << 31
+"""A slot's number is an int32."""
+
+
 class Kind(IntEnum):
     """What a frame is. Requests are answered with a frame of the same kind and number, or with ERROR."""
 
@@ -140,8 +144,9 @@ class Planned:
         return head, self.slots.tobytes(), self.reads.tobytes()
 
     @classmethod
-    def unpack(cls, payload: memoryview, blocks_max: int = 1 << 31) -> Planned:
-        """The other way; WireError if it is something else, or not for at most ``blocks_max`` blocks."""
+    def unpack(cls, payload: memoryview, blocks_max: int = SLOTS_MAX, slots_max: int = SLOTS_MAX) -> Planned:
+        """The other way; WireError if it is something else, not for at most ``blocks_max`` blocks, or names a slot beyond ``slots_max``
+        or a read of no block of it."""
         task_id, start, count, reads = _unpack(_PLANNED, payload)
         if (
             len(payload) != _PLANNED.size + 4 * (count + reads)
@@ -149,7 +154,11 @@ class Planned:
         ):
             raise WireError(f"an answer of {len(payload)} bytes with {count} slots and {reads} reads")
         numbers = np.frombuffer(payload[_PLANNED.size :], "<i4").astype(np.int32)
-        return cls(task_id, start, numbers[:count], numbers[count:])
+        planned = cls(task_id, start, numbers[:count], numbers[count:])
+        # A prefetch names no slots, and its reads only say how many they are.
+        if not _are_below(planned.slots, slots_max) or not _are_below(planned.reads, count or blocks_max):
+            raise WireError("an answer that names slots or blocks which are not there")
+        return planned
 
 
 def pack_count(blocks: int) -> bytes:
@@ -234,6 +243,11 @@ def _pick(values: tuple[_Value, ...], index: int) -> _Value:
     if index >= len(values):
         raise WireError(f"found {index}; expected less than {len(values)}")
     return values[index]
+
+
+def _are_below(numbers: Slots, bound: int) -> bool:
+    """Whether all are indices of something of this length."""
+    return not len(numbers) or (int(numbers.min()) >= 0 and int(numbers.max()) < bound)
 
 
 def _flags(raw: memoryview) -> npt.NDArray[np.bool_]:

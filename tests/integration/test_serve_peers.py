@@ -113,6 +113,25 @@ def test_half_messages_wait_without_harm(server: Server, monkeypatch: pytest.Mon
         assert is_dropped(peer)  # after its time
 
 
+def test_peers_that_leave_before_they_are_answered(server: Server) -> None:
+    """The answer, with its descriptors, finds nobody: neither that nor its session is left, however often it happens."""
+    for _ in range(40):  # more than there may be sessions
+        with connect(path_of(server), 10.0) as peer:
+            peer.sendall(hello())
+        wait_until(lambda: len(server._sessions) < 20)
+    wait_until(lambda: len(server._sessions) == 1)
+
+
+def test_peers_that_die_in_the_middle_of_a_message(server: Server) -> None:
+    whole = b"".join(frame(Kind.RESULT, 5, *pack_result(OpResult(5, OpStatus.DONE, np.ones(64, np.bool_)))))
+    for length in (1, HEADER.size - 1, HEADER.size, HEADER.size + 3, len(whole) - 1):
+        with connect(path_of(server), 10.0) as peer:
+            fds = greet(peer)
+            peer.sendall(whole[:length])
+        close(fds)
+    wait_until(lambda: len(server._sessions) == 1)
+
+
 def link_to(server: Server) -> tuple[SharedBlocks, Link]:
     client = client_here(path_of(server))
     assert client._link is not None
