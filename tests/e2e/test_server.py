@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from flexkv_core.cli.demo.acts import run_acts, with_ssd_tier
+from flexkv_core.cli.demo.acts import first_and_second_act, ssd_settings
 from flexkv_core.cli.demo.measure import Course
 from flexkv_core.cli.harness.client import Completion, VllmClient
 from flexkv_core.cli.harness.server import (
@@ -20,6 +20,7 @@ from flexkv_core.cli.harness.server import (
     CPU_ENVIRONMENT,
     KV_TRANSFER_CONFIG,
     VllmServer,
+    transfer_config,
 )
 from tests.e2e.engine import BLOCK_TOKENS, prompt_tokens
 
@@ -231,8 +232,8 @@ def test_latent_cache_of_two_ranks_is_stored_once(tiny_model: Callable[[str], Pa
 
 
 def test_real_model_through_a_stop_and_a_kill(demo_model: Path, tmp_path: Path) -> None:
-    """The demo's own course, once; the host tier is gone after each end of a server."""
-    config = with_ssd_tier(KV_TRANSFER_CONFIG, tmp_path / "ssd")
+    """The first two acts of the demo, once; the host tier is gone after each end of a server."""
+    config = transfer_config(ssd_settings(tmp_path / "ssd"))
     server = _server(demo_model, tmp_path, "--kv-transfer-config", config)
     segments: set[tuple[str, str]] = set()
 
@@ -241,10 +242,11 @@ def test_real_model_through_a_stop_and_a_kill(demo_model: Path, tmp_path: Path) 
         if "the server and starting it again" in text:
             segments.update(_segments_of_group(server.pid))
 
-    report = run_acts(server, Course(questions=1, rounds=1, progress=say), say)
+    course = Course(questions=1, rounds=1, progress=say)
+    first_and_second_act(server, course, say)
     assert segments
     _assert_gone(segments)
-    assert report.faults() == []
+    assert course.report.faults() == []
 
 
 def _segments_of_group(group: int) -> set[tuple[str, str]]:

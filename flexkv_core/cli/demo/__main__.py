@@ -15,13 +15,14 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from flexkv_core.cli.demo.acts import run_acts
-from flexkv_core.cli.demo.engines import Engine, make_server
+from flexkv_core.cli.demo.acts import first_and_second_act, shared_settings, ssd_settings, third_act
+from flexkv_core.cli.demo.engines import Engine, EngineChoice
 from flexkv_core.cli.demo.measure import Course, Report
 from flexkv_core.cli.demo.table import print_report, record, summary
+from flexkv_core.cli.harness.cache_server import CacheServer
 from flexkv_core.cli.harness.checkpoint import ensure_demo_model
 from flexkv_core.cli.harness.server import ServerError
-from flexkv_core.config import cache_dir
+from flexkv_core.config import cache_dir, default_host_bytes
 
 
 def demo(
@@ -59,15 +60,20 @@ def demo(
     signal.signal(signal.SIGTERM, _leave)  # so that the server is stopped then, too
     cache_dir().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="demo-", dir=cache_dir()) as folder:
-        server = make_server(engine, model, Path(folder), shlex.split(engine_args), kv_space_gib, gpu)
+        choice = EngineChoice(engine, model, shlex.split(engine_args), kv_space_gib, gpu)
+        cache = CacheServer(Path(folder), default_host_bytes())
+        server = choice.server(ssd_settings(Path(folder) / "ssd"), Path(folder) / "server.log")
+        sharing = choice.server(shared_settings(cache.socket), Path(folder) / "sharing.log")
         say(server.command_line)
         try:
-            report = run_acts(server, Course(questions, rounds, say), say)
+            course = Course(questions, rounds, say)
+            first_and_second_act(server, course, say)
+            third_act(sharing, cache, course, say)
         except ServerError as error:
             console.print(str(error), markup=False, highlight=False)
             raise typer.Exit(1) from error
     say("done")
-    _finish(report, console, json_file)
+    _finish(course.report, console, json_file)
 
 
 def _finish(report: Report, console: Console, json_file: Path | None) -> NoReturn:

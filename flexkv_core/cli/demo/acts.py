@@ -1,18 +1,20 @@
-"""The order of the demo: one server, a stop, the next, a kill, the one after that."""
+"""The order of the demo: one server, a stop, the next, a kill, the one after that; then two, one after the other, beside ``flexkv serve``."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
-from flexkv_core.cli.demo.measure import Course, Report, State
+from flexkv_core.cli.demo.measure import Course, State
+from flexkv_core.cli.harness.cache_server import CacheServer
 from flexkv_core.cli.harness.server import EngineServer
 
 _SSD_BYTES = "4GiB"
+_SERVER_DEADLINE_MS = 500.0
+"""The engine computes on all cores of a CPU, and the cache server may have to wait for one of them longer than the 5 ms of the default."""
 
 
-def run_acts(server: EngineServer, course: Course, say: Callable[[str], None]) -> Report:
+def first_and_second_act(server: EngineServer, course: Course, say: Callable[[str], None]) -> None:
     """The first act, a stop, the second act, a kill, and the second act again."""
     with server, server.client() as client:
         say("the server is up")
@@ -25,7 +27,17 @@ def run_acts(server: EngineServer, course: Course, say: Callable[[str], None]) -
         server.kill()
     with server, server.client() as client:
         course.after_restart(client, State.SSD_HIT_AFTER_KILL)
-    return Report(tuple(course.asks))
+
+
+def third_act(sharing: EngineServer, cache: CacheServer, course: Course, say: Callable[[str], None]) -> None:
+    """``sharing`` keeps its cache in the process ``cache``, is stopped, and is started again. After the other acts, whose questions it asks."""
+    with cache:
+        say(f"flexkv serve is up, with an empty cache; beside it {sharing.command_line}")
+        with sharing, sharing.client() as client:
+            course.fill_shared(client)
+            say("stopping the engine and starting it again; flexkv serve goes on")
+        with sharing, sharing.client() as client:
+            course.after_restart(client, State.SHARED_HIT)
 
 
 def ssd_settings(directory: Path) -> dict[str, object]:
@@ -34,9 +46,6 @@ def ssd_settings(directory: Path) -> dict[str, object]:
     return {"ssd_dirs": [str(directory)], "ssd_bytes": _SSD_BYTES}
 
 
-def with_ssd_tier(transfer_config: str, directory: Path) -> str:
-    """vLLM's one-line configuration, and an SSD tier in ``directory``, which is made."""
-    return json.dumps(
-        {**json.loads(transfer_config), "kv_connector_extra_config": ssd_settings(directory)},
-        separators=(",", ":"),
-    )
+def shared_settings(socket: Path) -> dict[str, object]:
+    """FlexKV's settings for the tiers of the ``flexkv serve`` at ``socket``."""
+    return {"server": str(socket), "server_deadline_ms": _SERVER_DEADLINE_MS}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from flexkv_core.cli.demo.acts import ssd_settings, with_ssd_tier
 from flexkv_core.cli.harness import server as vllm
 from flexkv_core.cli.harness import sglang
 from flexkv_core.config import as_environment
@@ -23,26 +23,35 @@ class Engine(str, Enum):
     SGLANG = "sglang"
 
 
-def make_server(
-    engine: Engine, model: str, folder: Path, more: Sequence[str], kv_space_gib: int, gpu: bool
-) -> vllm.EngineServer:
-    """The engine with FlexKV and an SSD tier, its files and its log in ``folder``; ``more`` goes onto its command line."""
-    make = _sglang if engine is Engine.SGLANG else _vllm
-    return make(model, folder, more, kv_space_gib, gpu)
+@dataclass(frozen=True)
+class EngineChoice:
+    """What is served, and with what. ``more`` goes onto the engine's command line; ``kv_space_gib`` is vLLM's own cache on a CPU; ``gpu``:
+    with vLLM's CUDA build."""
 
+    engine: Engine
+    model: str
+    more: Sequence[str]
+    kv_space_gib: int
+    gpu: bool
 
-def _vllm(model: str, folder: Path, more: Sequence[str], kv_space_gib: int, gpu: bool) -> vllm.EngineServer:
-    on_cpu = {**vllm.CPU_ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": str(kv_space_gib)}
-    transfer = with_ssd_tier(vllm.KV_TRANSFER_CONFIG, folder / "ssd")
-    arguments = [*(_GPU_ARGUMENTS if gpu else vllm.CPU_ARGUMENTS), "--kv-transfer-config", transfer, *more]
-    environment = _online(model, _GPU_ENVIRONMENT if gpu else on_cpu)
-    return vllm.VllmServer(model, arguments, environment, folder / "server.log")
+    def server(self, settings: Mapping[str, object], log: Path) -> vllm.EngineServer:
+        """The engine with FlexKV and these settings of it; it prints into ``log``."""
+        return (self._sglang if self.engine is Engine.SGLANG else self._vllm)(settings, log)
 
+    def _vllm(self, settings: Mapping[str, object], log: Path) -> vllm.EngineServer:
+        on_cpu = {**vllm.CPU_ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": str(self.kv_space_gib)}
+        arguments = [
+            *(_GPU_ARGUMENTS if self.gpu else vllm.CPU_ARGUMENTS),
+            *("--kv-transfer-config", vllm.transfer_config(settings)),
+            *self.more,
+        ]
+        environment = _online(self.model, _GPU_ENVIRONMENT if self.gpu else on_cpu)
+        return vllm.VllmServer(self.model, arguments, environment, log)
 
-def _sglang(model: str, folder: Path, more: Sequence[str], kv_space_gib: int, gpu: bool) -> vllm.EngineServer:
-    arguments = [*sglang.CPU_ARGUMENTS, *sglang.BACKEND_ARGUMENTS, *_SGLANG_POOL, *more]
-    environment = _online(model, {**sglang.CPU_ENVIRONMENT, **as_environment(ssd_settings(folder / "ssd"))})
-    return sglang.SglangServer(model, arguments, environment, folder / "server.log")
+    def _sglang(self, settings: Mapping[str, object], log: Path) -> vllm.EngineServer:
+        arguments = [*sglang.CPU_ARGUMENTS, *sglang.BACKEND_ARGUMENTS, *_SGLANG_POOL, *self.more]
+        environment = _online(self.model, {**sglang.CPU_ENVIRONMENT, **as_environment(settings)})
+        return sglang.SglangServer(self.model, arguments, environment, log)
 
 
 def _online(model: str, environment: Mapping[str, str]) -> dict[str, str]:

@@ -1,5 +1,5 @@
 """The demo's measurement: each question is recomputed once, then asked in turns with and without the engine's own cache; others are asked
-again after the server was stopped, and after it was killed."""
+again after the server was stopped, after it was killed, and after an engine beside ``flexkv serve`` was started again."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ class State(Enum):
     HOST_HIT = "FlexKV, host memory"
     SSD_HIT = "FlexKV, SSD, after a restart"
     SSD_HIT_AFTER_KILL = "FlexKV, SSD, after SIGKILL"
+    SHARED_HIT = "flexkv serve, host memory, after a restart"
 
 
 SSD_STATES = (State.SSD_HIT, State.SSD_HIT_AFTER_KILL)
@@ -88,7 +89,7 @@ class Report:
         if any(ask.external_tokens for ask in self._of(State.DEVICE_HIT)):
             found.append("a question that the engine's own cache should have served took tokens from FlexKV")
         wanted = self.cached_tokens(State.DEVICE_HIT)
-        for state in (State.HOST_HIT, *SSD_STATES):
+        for state in self._hit_states():
             for ask in self._of(state):
                 if ask.external_tokens == 0 or ask.external_tokens < wanted // 2:
                     found.append(
@@ -99,12 +100,18 @@ class Report:
                 found.append(f"a hit was not faster than recomputing: {state.value}")
         return found
 
+    def _hit_states(self) -> list[State]:
+        """What was asked of FlexKV, in host memory at least."""
+        asked = {State.HOST_HIT, *(ask.state for ask in self.asks)}
+        return [state for state in State if state in asked - {State.RECOMPUTE, State.DEVICE_HIT}]
+
     def _of(self, state: State) -> Iterator[Ask]:
         return (ask for ask in self.asks if ask.state is state)
 
 
 class Course:
-    """What is asked, in order: :meth:`first_act` and :meth:`prepare_restart` on one server, :meth:`after_restart` on each of the next.
+    """What is asked, in order: :meth:`first_act` and :meth:`prepare_restart` on one server, :meth:`after_restart` on each of the next two;
+    then :meth:`fill_shared` on one that uses ``flexkv serve``, and :meth:`after_restart` on its successor.
 
     ``progress`` is called with a line before each question. The documents are cut to fit a model with a short context.
     """
@@ -113,6 +120,11 @@ class Course:
         self._questions, self._rounds, self._progress = questions, rounds, progress
         self._lights = 0
         self.asks: list[Ask] = []
+
+    @property
+    def report(self) -> Report:
+        """Of all that was asked so far."""
+        return Report(tuple(self.asks))
 
     def first_act(self, client: VllmClient) -> None:
         """Several questions about one document; each hit is measured ``rounds`` times, device and host in turns."""
@@ -133,6 +145,12 @@ class Course:
         """The same questions as in :meth:`prepare_restart`, to a server that has just started."""
         self._warm_up(client)
         self._ask_about_others(client, state)
+
+    def fill_shared(self, client: VllmClient) -> None:
+        """The same questions once more to an engine whose cache, a server's, is empty: they are recomputed."""
+        self._warm_up(client)
+        self._progress("asking about the other documents an engine that keeps its cache in flexkv serve")
+        self._ask_about_others(client, State.RECOMPUTE)
 
     def _ask_about_others(self, client: VllmClient, state: State) -> None:
         for number in range(self._questions):

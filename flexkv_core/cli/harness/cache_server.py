@@ -5,26 +5,35 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
 from flexkv_core.cli.harness.server import ServerError
+from flexkv_core.config import as_environment
 
 _START_S = 60.0
 _STOP_S = 30.0
 
 
 class CacheServer:
-    """Starts ``flexkv serve`` with a socket and a log in ``folder`` (which exists), and stops it; a context manager.
+    """Starts ``flexkv serve`` with a socket and a log in ``folder`` (which exists), and stops it; a context manager, which may be entered
+    again.
 
-    Entering returns once the socket is there, and raises ServerError when the process dies before that.
+    ``settings``: more of FlexKV's, by key. Entering returns once the socket is there, and raises ServerError when the process dies before
+    that.
     """
 
-    def __init__(self, folder: Path, host_bytes: int | str) -> None:
+    def __init__(
+        self, folder: Path, host_bytes: int | str, settings: Mapping[str, object] | None = None
+    ) -> None:
         self.socket = folder / "serve.sock"
         self._log = folder / "serve.log"
-        self._command = [sys.executable, "-m", "flexkv_core.cli", "serve", "--socket", str(self.socket)]
-        self._command += ["--host-bytes", str(host_bytes)]
+        variables = as_environment({"host_bytes": str(host_bytes), **(settings or {})})
+        self._command = [
+            *("env", *(f"{name}={value}" for name, value in variables.items())),
+            *(sys.executable, "-m", "flexkv_core.cli", "serve", "--socket", str(self.socket)),
+        ]
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> CacheServer:

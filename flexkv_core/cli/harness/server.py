@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shlex
@@ -23,6 +24,13 @@ from flexkv_core.cli.harness.client import VllmClient
 
 KV_TRANSFER_CONFIG = '{"kv_connector":"FlexKVConnector","kv_role":"kv_both"}'
 """All that a user of vLLM types to have FlexKV."""
+
+
+def transfer_config(settings: Mapping[str, object]) -> str:
+    """The one line with FlexKV's ``settings`` in it."""
+    values = {**json.loads(KV_TRANSFER_CONFIG), "kv_connector_extra_config": dict(settings)}
+    return json.dumps(values, separators=(",", ":"))
+
 
 CPU_ENVIRONMENT: Mapping[str, str] = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -132,6 +140,11 @@ class EngineServer:
 
     def start(self) -> None:
         """Starts the server and waits for ``/health``."""
+        self.launch()
+        self.wait_healthy()
+
+    def launch(self) -> None:
+        """Starts the server and waits for nothing, so that several start at once; whoever calls this calls :meth:`stop`."""
         with self.log_path.open("wb") as log:
             self._process = subprocess.Popen(
                 self._command,
@@ -140,6 +153,9 @@ class EngineServer:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+
+    def wait_healthy(self) -> None:
+        """Waits for ``/health``. A server that does not get there is stopped, and ServerError raised."""
         try:
             self._wait_healthy()
         except BaseException:
