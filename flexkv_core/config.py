@@ -180,6 +180,14 @@ class FlexKVConfig(BaseSettings):
         description="A request waits at most this long for blocks of the store; what has arrived by then is a hit.",
         json_schema_extra=_allowed("number > 0"),
     )
+    remote_wait_ms: float = Field(
+        default=0.0,
+        ge=0,
+        le=10_000,
+        allow_inf_nan=False,
+        description="A request whose prompt is not all in the store waits this long for the rest, which another engine may be writing.",
+        json_schema_extra=_allowed("number ≥ 0, at most 10000"),
+    )
     remote_timeout_s: float = Field(
         default=5.0,
         gt=0,

@@ -28,7 +28,8 @@ class Fetches:
     ) -> None:
         self._manager = manager
         self._report = report
-        self._wait_s = (config.remote_lookup_deadline_ms + config.remote_read_deadline_ms) / 1000 + GRACE_S
+        bounds_ms = config.remote_wait_ms + config.remote_lookup_deadline_ms + config.remote_read_deadline_ms
+        self._wait_s = bounds_ms / 1000 + GRACE_S
         self._begun: dict[str, float] = {}  # when a request is not held back any more, time.monotonic()
 
     def begin(self, request_id: str, make_keys: Callable[[], bytes]) -> None:

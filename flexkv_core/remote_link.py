@@ -2,7 +2,8 @@
 
 Read path, a fetch: which prefix the store has beyond the local tiers is asked, or known; then host slots are taken as for
 a put, filled from the store in pieces, verified, and published, after which they are ordinary hits. Nobody waits for a fetch beyond its
-deadlines: its request is told then, and what arrives later serves the next one. Write path: sequences that the policy chooses wait in a
+deadlines: its request is told then, and what arrives later serves the next one. With ``remote_wait_ms`` a fetch that finds less than the
+whole sequence looks again for so long, because another engine may be writing the rest. Write path: sequences that the policy chooses wait in a
 bounded queue, see :mod:`flexkv_core.remote_writes`.
 
 The store is key-addressed and holds no record of ours, so nothing here must agree with other machines. The manager's lock guards every
@@ -47,6 +48,8 @@ FETCHES_MAX = 64
 """Under way at a time; a request beyond it does without."""
 MISSING_S = 1.0
 """How long the store is believed not to have a block. Other machines write all the time."""
+LOOK_AGAIN_S, LOOK_AGAIN_SHARE = 0.02, 0.25
+"""A sequence that is being written is looked for again after this share of the time that it was waited for, not before LOOK_AGAIN_S."""
 
 
 class _Phase(Enum):
@@ -72,6 +75,8 @@ class _Fetch:
     next_block: int = 0
     found: int = 0
     deadline: float = 0.0
+    begun: float = field(default_factory=time.monotonic)
+    look_at: float = 0.0  # when it is looked for again, time.monotonic()
     is_late: bool = False
     is_probe: bool = False  # of a store that failed: nobody waits
     read_blocks: int = 0
@@ -132,6 +137,7 @@ class RemoteLink:
         self._piece_blocks = max(1, PIECE_BYTES // host.layout.slot_bytes)
         self._fetch_blocks_max = max(1, cache.capacity(Tier.HOST) // HOST_SHARE)
         self._ops: dict[int, _Op] = {}
+        self._watched: list[_Fetch] = []  # between two looks
         self._by_first_missing: dict[bytes, _Fetch] = {}
         self._epoch = 0
         self._presence = Presence(config.remote_known_s, MISSING_S)
@@ -183,11 +189,12 @@ class RemoteLink:
             if leader.on_end is not None:
                 leader.followers.append(on_end)
             return leader.on_end is not None
-        if len(self._ops) >= FETCHES_MAX:
+        if len(self._ops) + len(self._watched) >= FETCHES_MAX:
             return False
         fetch = _Fetch(bytes(keys), self._epoch, on_end, next_block=local)
         fetch.found = self._presence.prefix(keys, local)
-        is_known = fetch.found == asked or self._presence.is_missing(_key(keys, fetch.found))
+        is_missing = not self._config.remote_wait_ms and self._presence.is_missing(_key(keys, fetch.found))
+        is_known = fetch.found == asked or is_missing
         begun = self._begin_reading(fetch) if is_known else self._look_up(fetch)
         if not begun:
             self._forget(fetch)
@@ -264,12 +271,40 @@ class RemoteLink:
         fetch.found += prefix_length(op.statuses == BlockStatus.OK)
         self._presence.note_found(fetch.keys[: KEY_BYTES * fetch.found])
         if fetch.found < fetch.block_count:
+            if self._watch(fetch):
+                return
             self._presence.note_missing(_key(fetch.keys, fetch.found))
+        self._take_found(fetch)
+
+    def _take_found(self, fetch: _Fetch) -> None:
         # A late answer serves the next request: nothing is read for one that went without.
         if fetch.is_late or not self._begin_reading(fetch):
             self._end(fetch)
         elif fetch.is_probe:
             fetch.tell()
+
+    def _watch(self, fetch: _Fetch) -> bool:
+        """Have the rest of the sequence looked for again soon, if its request still waits for that; whether it is."""
+        now = time.monotonic()
+        fetch.look_at = now + max(LOOK_AGAIN_S, LOOK_AGAIN_SHARE * (now - fetch.begun))
+        left_s = fetch.begun + self._config.remote_wait_ms / 1000 - fetch.look_at
+        if left_s < 0 or fetch.is_late or fetch.is_probe or fetch.on_end is None:
+            return False
+        self._watched.append(fetch)
+        self._process.wake_at = min(self._process.wake_at, fetch.look_at)
+        return True
+
+    def _look_again(self, now: float) -> None:
+        """Look for what is due; where that cannot be asked, go on with what was found."""
+        due = [fetch for fetch in self._watched if fetch.look_at <= now]
+        self._watched = [fetch for fetch in self._watched if fetch.look_at > now]
+        for fetch in due:
+            if fetch.epoch != self._epoch:
+                self._end(fetch)
+            elif not self._look_up(fetch):
+                self._take_found(fetch)
+            elif fetch.is_probe:
+                fetch.tell()
 
     def _take_read(self, op: _Op) -> None:
         fetch, plan = op.fetch, op.plan
@@ -372,7 +407,9 @@ class RemoteLink:
             for fetch in fetches:
                 if now >= fetch.deadline:
                     self._note_late(fetch)
-            left = [fetch.deadline for fetch in fetches if not fetch.is_late]
+            self._look_again(now)
+            left = [op.fetch.deadline for op in self._ops.values() if not op.fetch.is_late]
+            left += [fetch.look_at for fetch in self._watched]
             self._process.wake_at = min(left, default=float("inf"))
             self._writes.pump()
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
 from flexkv_core import fetches
 from flexkv_core.fetches import Fetches
-from tests.stores.sharing import BLOCKS, Engine, wait_until
+from tests.stores.sharing import BLOCKS, TOKENS, Engine, wait_until
 
 
 class Side:
@@ -74,4 +75,53 @@ def test_a_manager_that_never_reports_holds_nobody_back(tmp_path: Path) -> None:
         wait_until(lambda: not side.fetches.is_pending("a"), 5)
     finally:
         fetches.GRACE_S = grace
+    engine.close()
+
+
+def test_a_request_waits_for_what_is_being_written(tmp_path: Path) -> None:
+    """As behind a router that asks the second engine as soon as the first has answered."""
+    url = f"dir:{tmp_path}/store"
+    first, second = Engine(url), Engine(url, remote_wait_ms=10_000)
+    side = Side(second)
+    side.fetches.begin("a", side.keys)
+    assert side.fetches.is_pending("a")
+    half = TOKENS[: len(TOKENS) // 2]
+    first.put(100, half)
+    first.written(BLOCKS // 2)
+    assert not side.reported, "half of it is not what was asked for"
+    first.put(100)
+    begin = time.monotonic()
+    wait_until(lambda: bool(side.reported))
+    assert time.monotonic() - begin < 8, "it waited for its time to be over"
+    side.step()
+    assert not side.fetches.is_pending("a")
+    assert second.get(100) == BLOCKS
+    first.close()
+    second.close()
+
+
+def test_what_is_never_written_is_waited_for_once(tmp_path: Path) -> None:
+    """What is there by then is taken."""
+    url = f"dir:{tmp_path}/store"
+    first, second = Engine(url), Engine(url, remote_wait_ms=400)
+    half = TOKENS[: len(TOKENS) // 2]
+    first.put(100, half)
+    first.written(BLOCKS // 2)
+    begin = time.monotonic()
+    assert second.fetch(second.keys())
+    assert 0.2 < time.monotonic() - begin < 8
+    assert second.get(100, half) == BLOCKS // 2
+    assert second.manager.counters().remote_lookups > 2
+    first.close()
+    second.close()
+
+
+def test_a_reset_ends_the_wait(tmp_path: Path) -> None:
+    engine = Engine(f"dir:{tmp_path}/store", remote_wait_ms=10_000)
+    side = Side(engine)
+    side.fetches.begin("a", side.keys)
+    wait_until(lambda: bool(engine.link._watched))
+    engine.manager.reset()
+    wait_until(lambda: bool(side.reported), 5)
+    assert not engine.link._watched
     engine.close()
