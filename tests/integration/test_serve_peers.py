@@ -21,7 +21,7 @@ from flexkv_core.errors import ConfigError
 from flexkv_core.keys import fingerprint
 from flexkv_core.serve.address import Address, connect
 from flexkv_core.serve.client import SharedBlocks
-from flexkv_core.serve.link import Link
+from flexkv_core.serve.link import Link, Refused, open_link
 from flexkv_core.serve.server import Server
 from flexkv_core.serve.tenants import Greeting
 from flexkv_core.serve.wire import HEADER, PAYLOAD_BYTES_MAX, Kind, frame, pack_asked, pack_result
@@ -104,6 +104,15 @@ def test_bad_beginnings(server: Server, beginning: bytes) -> None:
     with connect(path_of(server), 10.0) as peer:
         peer.sendall(beginning)
         assert is_dropped(peer)
+
+
+def test_clients_of_another_version_are_told_which(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = fingerprint({**MODEL.identity, "namespace": "", "layout": repr(MODEL.layout)})
+    greeting = Greeting(MODEL, "", root, "of tomorrow")
+    words = json.dumps({**json.loads(greeting.pack()), "version": 2}).encode()
+    monkeypatch.setattr(Greeting, "pack", lambda self: words)
+    with pytest.raises(Refused, match="version 2 of the protocol; this server speaks 1"):
+        open_link(path_of(server), greeting, lambda *_: None, lambda _: None)
 
 
 def test_half_messages_wait_without_harm(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
