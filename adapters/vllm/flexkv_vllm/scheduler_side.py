@@ -92,8 +92,10 @@ class SchedulerSide:
         check_supported(vllm_config, kv_cache_config, config)
         transfer = vllm_config.kv_transfer_config
         assert transfer is not None
-        self._config = config
         self._may_load, self._may_store = transfer.is_kv_consumer, transfer.is_kv_producer
+        if not self._may_store:  # nor may it write again what the store has lost since
+            config = config.model_copy(update={"remote_write": "never"})
+        self._config = config
         layout = slot_layout(vllm_config, kv_cache_config, config)
         self._block_tokens = layout.tokens_per_block
         self._groups = Groups.of(kv_cache_config, config.tokens_per_block)

@@ -31,9 +31,9 @@ TIMEOUT_S = 30
 
 
 class PlayedEngine:
-    """``ranks`` ranks of tensor parallelism; ``tensors`` are a rank's layers."""
+    """``ranks`` ranks of tensor parallelism; ``tensors`` are a rank's layers. ``role``: ``kv_role``."""
 
-    def __init__(self, ranks: int, **settings: object) -> None:
+    def __init__(self, ranks: int, role: str = "kv_both", **settings: object) -> None:
         spec = FullAttentionSpec(block_size=BLOCK_TOKENS, num_kv_heads=1, head_size=8, dtype=torch.float32)
         page = spec.page_size_bytes
         memory = KVCacheTensor(
@@ -41,13 +41,13 @@ class PlayedEngine:
         )
         cache = KVCacheConfig(BLOCKS, [memory], [KVCacheGroupSpec(LAYERS, spec)])
         config = FlexKVConfig(host_bytes="64MiB", transfer_timeout_s=TIMEOUT_S, **settings)  # type: ignore[arg-type]
-        self.scheduler = SchedulerSide(_vllm_config(ranks), cache, config)
+        self.scheduler = SchedulerSide(_vllm_config(ranks, role), cache, config)
         self.evicted: set[int] = set()
         self.scheduler.bind(SimpleNamespace(evict_blocks=self.evicted.update))
         self.tensors = [[torch.zeros(BLOCKS, 1, BLOCK_TOKENS, 16) for _ in LAYERS] for _ in range(ranks)]
         self.workers = []
         for rank, tensors in enumerate(self.tensors):
-            worker = WorkerSide(_vllm_config(ranks), cache, config)
+            worker = WorkerSide(_vllm_config(ranks, role), cache, config)
             worker.register(dict(zip(LAYERS, tensors, strict=True)), 0, rank)
             self.workers.append(worker)
 
@@ -134,9 +134,11 @@ class PlayedEngine:
         self.scheduler.shutdown()
 
 
-def _vllm_config(ranks: int) -> Any:
+def _vllm_config(ranks: int, role: str = "kv_both") -> Any:
     return SimpleNamespace(
-        kv_transfer_config=SimpleNamespace(is_kv_consumer=True, is_kv_producer=True),
+        kv_transfer_config=SimpleNamespace(
+            is_kv_consumer=role != "kv_producer", is_kv_producer=role != "kv_consumer"
+        ),
         parallel_config=SimpleNamespace(
             tensor_parallel_size=ranks, pipeline_parallel_size=1, data_parallel_index=0
         ),
