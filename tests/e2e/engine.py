@@ -80,11 +80,13 @@ class Engine:
     options: Mapping[str, object] = field(default_factory=dict)
     with_flexkv: bool = True
     connector_name: str = "FlexKVConnector"
+    role: str = "kv_both"
 
     def __enter__(self) -> Engine:
         transfer: dict[str, Any] | None = json.loads(KV_TRANSFER_CONFIG) if self.with_flexkv else None
         if transfer is not None:
             transfer["kv_connector"] = self.connector_name
+            transfer["kv_role"] = self.role
         if transfer is not None and self.config:
             transfer["kv_connector_extra_config"] = dict(self.config)
         options: dict[str, Any] = {

@@ -67,3 +67,41 @@ def test_the_second_engine_answers_from_what_the_first_computed(llama: Path, tmp
             assert_same(engine.ask(prompt), wanted)
         assert engine.manager.counters().remote_corrupt_blocks > 0
         engine.check_integrity()
+
+
+@pytest.mark.hit
+def test_prefill_and_decode_apart(llama: Path, tmp_path: Path) -> None:
+    """The producer only writes, and loads nothing even of its own; the consumer only reads, and keeps nothing of what it computes."""
+    settings = config(f"dir:{tmp_path}/store")
+    with Engine(llama, settings, role="kv_producer") as producer:
+        wait_until_up(producer)
+        first_tokens = [producer.ask(prompt, tokens=1) for prompt in PROMPTS]
+        expected = [producer.ask(prompt) for prompt in PROMPTS]
+        producer.reset()
+        again = producer.ask(PROMPTS[0])
+        assert (again.cached_tokens, again.external_tokens) == (0, 0)
+        assert_same(again, expected[0])
+    written = files_below(tmp_path)
+    assert written
+    # With nothing remembered of what the store has, an engine that uses a block offers it to the store again.
+    with Engine(llama, {**settings, "remote_known_s": 0}, role="kv_consumer") as consumer:
+        wait_until_up(consumer)
+        for prompt, first, wanted in zip(PROMPTS, first_tokens, expected, strict=True):
+            answer = consumer.ask(prompt)
+            assert answer.external_tokens == 10 * BLOCK_TOKENS
+            assert answer.token_ids[:1] == first.token_ids
+            assert_same(answer, wanted)
+        own = prompt_tokens(990, 10 * BLOCK_TOKENS + 5)
+        computed = consumer.ask(own)
+        consumer.reset()
+        again = consumer.ask(own)
+        assert (computed.external_tokens, again.external_tokens) == (0, 0)
+        assert_same(again, computed)
+        counters = consumer.manager.counters()
+        assert counters.stored_blocks == counters.remote_written_blocks == 0
+        consumer.check_integrity()
+    assert files_below(tmp_path) == written
+
+
+def files_below(folder: Path) -> set[Path]:
+    return {file for file in folder.rglob("*") if file.is_file()}
