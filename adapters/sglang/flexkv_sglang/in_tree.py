@@ -28,6 +28,7 @@ from flexkv_kernels.segments import pieces_of
 from flexkv_sglang.compat import in_tree_hooks
 from flexkv_sglang.compat.in_tree_hooks import current_namespace
 from flexkv_sglang.layout import BLOCK_TOKENS, check_engine, server_identity
+from flexkv_sglang.stats import PromMetrics
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +48,8 @@ class InTreeModel:
     config: FlexKVConfig
     page_size: int
     use_mla: bool
+    enable_metrics: bool = False
+    model_path: str = ""
     nnodes: int = 1
     pp_size: int = 1
     attn_tp_size: int = 1
@@ -116,7 +119,14 @@ class InTreeConfig:
             "loras": [(path, weights_identity(path, None)) for path in loras],
         }
         is_mla = str(getattr(sglang_config, "attention_arch", "")).endswith("MLA")
-        self.model_config = InTreeModel(identity, self._config, page_size, is_mla)
+        self.model_config = InTreeModel(
+            identity,
+            self._config,
+            page_size,
+            is_mla,
+            enable_metrics=bool(getattr(server_args, "enable_metrics", False)),
+            model_path=server_args.model_path,
+        )
         return InTreeRank(self.model_config, sglang_config.num_hidden_layers, dp_client_id=dp_rank)
 
 
@@ -177,6 +187,7 @@ class InTreeManager:
         self.blocks: BlockManager | None = None
         self.root = b""
         self._tasks: dict[int, _Task] = {}
+        self._metrics: PromMetrics | None = None
 
     def start(self) -> None:
         """Wait for the device, which :class:`DeviceClient` brings."""
@@ -203,6 +214,13 @@ class InTreeManager:
         blocks = BlockManager(ModelConfig(identity, shape, self._replica), config, copier)
         blocks.start()
         self.blocks, self.root = blocks, blocks.root
+        if self._model.enable_metrics:
+            labels = {
+                "model_name": self._model.model_path,
+                "tp_rank": "0",
+                "dp_rank": str(self._replica),
+            }
+            self._metrics = PromMetrics(blocks, labels)
 
     def is_ready(self) -> bool:
         """Whether the device has come."""
@@ -296,6 +314,8 @@ class InTreeManager:
     def _keys(self, token_ids: npt.NDArray[np.int64]) -> tuple[Any, BlockManager, bytes]:
         """The tokens, the manager, and the tokens' keys: none where nobody says whose they are, so that nothing is found or stored."""
         tokens, blocks, namespace = token_array(token_ids), self._open_blocks(), current_namespace()
+        if self._metrics is not None:
+            self._metrics.update()
         if namespace is None:
             return tokens, blocks, b""
         root = namespace_root(self.root, namespace)

@@ -30,8 +30,8 @@ class Engine:
     lora_paths: tuple[tuple[str, str], ...]
 
 
-def engine_of(server_args: ServerArgs, params: CacheInitParams, components: Collection[Any]) -> Engine:
-    """Read from what SGLang hands to a cache when it makes it."""
+def engine_of(server_args: ServerArgs, params: CacheInitParams, components: Collection[str]) -> Engine:
+    """Read from what SGLang hands to a cache when it makes it; ``components`` are the parts of the model's KV, see :class:`Engine`."""
     group = params.attn_tp_cache_group or params.tp_cache_group
     is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     loras = [ref for ref in getattr(server_args, "lora_paths", None) or () if hasattr(ref, "lora_id")]
@@ -46,7 +46,7 @@ def engine_of(server_args: ServerArgs, params: CacheInitParams, components: Coll
             or getattr(params, "mtp_draft_device_pools", ())
             or getattr(params, "sidecar_draft_device_pools", ())
         ),
-        components=tuple(sorted(component.name for component in components)),
+        components=tuple(sorted(components)),
         pool=params.token_to_kv_pool_allocator.get_kvcache(),
         lora_paths=tuple((ref.lora_id, ref.lora_path) for ref in loras),
     )
@@ -64,7 +64,7 @@ def _dp_rank() -> int:
     for name in ("attn_dp_rank", "dp_rank"):
         try:
             rank = getattr(get_parallel(), name)
-        except (AttributeError, RuntimeError, ValueError):  # not set in this process
+        except (AssertionError, AttributeError, RuntimeError, ValueError):  # not set in this process
             continue
         if rank:
             return int(rank)
