@@ -122,12 +122,26 @@ class FlexKVRadixCache(Driver, RadixCache):
 
     def cache_finished_req(self, req: Req, is_insert: bool = True, **options: Any) -> None:
         """SGLang's, then a store of what the tree now holds of the request, whose state ends here."""
-        tokens = req.origin_input_ids + req.output_ids
         super().cache_finished_req(req, is_insert=is_insert, **options)
-        if is_insert and not self.disable and is_cacheable(req):
+        if is_insert:
+            self._store_finished(req)
+        self._side.forget(req.rid)
+
+    def insert_req(self, req: Req, *, up_to: int) -> None:
+        """The first half of the same, since 0.5.21."""
+        super().insert_req(req, up_to=up_to)
+        self._store_finished(req)
+
+    def on_release(self, req: Req, **how: Any) -> None:
+        """The second half: the request has ended, or gives up its place."""
+        super().on_release(req, **how)
+        self._side.forget(req.rid)
+
+    def _store_finished(self, req: Req) -> None:
+        if not self.disable and is_cacheable(req):
+            tokens = req.origin_input_ids + req.output_ids
             found = self._on_device(req, tokens)
             self._store(req, tokens, found.device_indices, found.last_device_node)
-        self._side.forget(req.rid)
 
     def _on_device(self, req: Req, tokens: Sequence[int]) -> MatchResult:
         return super().match_prefix(MatchPrefixParams(key=key_of(req, tokens)))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import sglang
@@ -59,13 +60,21 @@ def engine_version() -> str:
 
 def _dp_rank() -> int:
     """Which of several engines side by side this is; 0 for a single one."""
-    from sglang.srt.runtime_context import get_parallel
-
-    for name in ("attn_dp_rank", "dp_rank"):
+    for rank_of in _dp_ranks():
         try:
-            rank = getattr(get_parallel(), name)
+            rank = rank_of()
         except (AssertionError, AttributeError, RuntimeError, ValueError):  # not set in this process
             continue
         if rank:
             return int(rank)
     return 0
+
+
+def _dp_ranks() -> tuple[Callable[[], int | None], ...]:
+    try:
+        from sglang.srt.runtime_context import get_parallel
+    except ImportError:  # before 0.5.14
+        from sglang.srt.layers.dp_attention import get_attention_dp_rank
+
+        return (get_attention_dp_rank,)
+    return tuple(partial(getattr, get_parallel(), name) for name in ("attn_dp_rank", "dp_rank"))

@@ -15,6 +15,8 @@ from flexkv_core.keys import namespace_root
 
 _CACHE = "sglang.srt.mem_cache.storage.flexkv.flexkv_radix_cache.FlexKVRadixCache"
 _WEIGHTS = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+_STORES_IN = ("checkpoint", "insert_req", "cache_finished_req")
+"""Where SGLang's class stores a request: since 0.5.22, in 0.5.21, and before."""
 _namespace: ContextVar[tuple[str, ...] | None] = ContextVar("flexkv_namespace", default=None)
 _is_paused: ContextVar[bool] = ContextVar("flexkv_is_paused", default=False)
 
@@ -39,8 +41,7 @@ def install(managers: Callable[[], Iterable[Any]]) -> None:
                 manager.root = namespace_root(manager.root, ("weights", uuid4().hex))
             _is_paused.set(False)
 
-    # Until 0.5.21 a request was stored when it had ended.
-    stores_in = "checkpoint" if hasattr(RadixCache, "checkpoint") else "cache_finished_req"
+    stores_in = next(name for name in _STORES_IN if hasattr(RadixCache, name))
     for target, hook, kind in (
         (f"{_CACHE}.match_prefix", _match_prefix, HookType.AROUND),
         (f"{_CACHE}.{stores_in}", _store, HookType.AROUND),

@@ -28,7 +28,7 @@ def has_linker() -> bool:
     numbers = tuple(int(part) for part in engine_version().split(".")[:3] if part.isdigit())
     if numbers >= FIRST_LINKER:
         return True
-    if not hasattr(RadixCache, "cache_finished_req"):
+    if not hasattr(RadixCache, "cache_unfinished_req"):
         raise ConfigError(
             f"FlexKV: SGLang {engine_version()} has neither the radix cache of the versions before it nor the linker of those after it;"
             " use 0.5.21 or older, or 0.5.23 or newer"
