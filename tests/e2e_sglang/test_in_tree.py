@@ -16,6 +16,8 @@ import pytest
 import sglang_on_cpu
 from sglang.srt.runtime_context import get_parallel
 
+from flexkv_core.block_manager import BlockManager
+from flexkv_core.cli.harness.cache_server import CacheServer
 from flexkv_core.errors import ConfigError, TransferError
 from flexkv_kernels.copier import CpuCopier
 from flexkv_sglang import in_tree
@@ -160,7 +162,7 @@ def test_a_match_that_is_given_up_pins_nothing(make: Callable[..., InTree]) -> N
     assert tree.match(req) == 160
     tree.cache.release_aborted_request(req.cache_request_handle)
     assert not tree.manager._tasks
-    assert tree.manager.blocks is not None
+    assert isinstance(tree.manager.blocks, BlockManager)
     tree.manager.blocks.check_integrity()
 
 
@@ -172,6 +174,33 @@ def test_other_weights_find_nothing(make: Callable[..., InTree]) -> None:
     in_tree_hooks._observe_weight_load(None, "disk")
     tree.flush()
     assert tree.match(tree.request("old", tokens)) == 0
+
+
+def test_the_tiers_of_a_server(
+    make: Callable[..., InTree], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one process has stored, the next one finds: the memory is that of ``flexkv serve``."""
+    monkeypatch.delenv("FLEXKV_HOST_BYTES")
+    tokens = prompt(9, 201)
+    with CacheServer(tmp_path, "16MiB") as server:
+        monkeypatch.setenv("FLEXKV_SERVER", str(server.socket))
+        first = make()
+        wait_until_ready(first)
+        store(first, tokens)
+        first.cache.shutdown()
+        second = make()
+        wait_until_ready(second)
+        req = second.request("again", tokens)
+        assert second.prefill(req) == 192
+        assert second.wrong_positions(req) == []
+
+
+def wait_until_ready(tree: InTree) -> None:
+    blocks, deadline = tree.manager.blocks, time.monotonic() + 20
+    assert blocks is not None
+    while not blocks.is_ready():
+        assert time.monotonic() < deadline, "the server was not found"
+        time.sleep(0.01)
 
 
 def test_more_than_one_process_is_refused(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 from flexkv_core.config import FlexKVConfig
 from flexkv_core.errors import ConfigError, TransferError
 from flexkv_kernels.copier import CpuCopier
+from flexkv_sglang.compat import tree as tree_compat
 from flexkv_sglang.layout import check_supported
 from flexkv_sglang.preflight import check_before_weights
 from tests.e2e_sglang.tree import NativeTree
@@ -288,3 +289,16 @@ def test_what_is_known_early_is_refused_early(
         monkeypatch.setenv("FLEXKV_HOTS_BYTES", "1")
     with pytest.raises(ConfigError, match=word):
         check_before_weights(arguments)
+
+
+@pytest.mark.parametrize("version", ["0.5.23", "0.5.23.post1", "0.6.0"])
+def test_versions_with_a_linker(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    monkeypatch.setattr(tree_compat, "engine_version", lambda: version)
+    assert tree_compat.has_linker()
+
+
+def test_a_version_between_both_ways_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.5.22 has the newest radix cache, but not yet the linker."""
+    monkeypatch.setattr(tree_compat, "engine_version", lambda: "0.5.22")
+    with pytest.raises(ConfigError, match=r"0\.5\.21 or older, or 0\.5\.23 or newer"):
+        tree_compat.has_linker()

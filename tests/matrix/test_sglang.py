@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,8 +35,10 @@ TOKENS = 12
 
 @dataclass(frozen=True)
 class Served:
+    """A server, and a connection to it."""
+
+    server: SglangServer
     client: SglangClient
-    way: str
 
     def ask(self, tenant: str | None = None, prompt: list[int] = PROMPT) -> Completion:
         """Greedy, with log-probabilities, to a fixed length."""
@@ -67,7 +70,7 @@ def served(
     log = tmp_path_factory.mktemp("sglang") / "server.log"
     with SglangServer(model, arguments, environment, log) as server, server.client() as client:
         print(f"SGLang {engine.version} by {way}")
-        yield Served(client, way)
+        yield Served(server, client)
 
 
 def test_hit_and_identical_answer(served: Served) -> None:
@@ -104,6 +107,28 @@ def test_what_the_device_lacks_is_added(served: Served) -> None:
     assert 0 < again.external_tokens < HIT_TOKENS
     assert again.token_ids == first.token_ids
     assert _error(again, first) <= RECOMPUTE_BOUND
+
+
+def test_more_than_the_device_holds(served: Served) -> None:
+    """Requests together, whose prompts push each other out of the device; each answer is the one of an empty cache."""
+    prompts = [[token + 10 * number for token in PROMPT] for number in range(1, 9)]
+
+    def ask_all() -> list[Completion]:
+        with ThreadPoolExecutor(4) as threads:
+            return list(threads.map(lambda prompt: _alone(served, prompt), prompts))
+
+    first, second = ask_all(), ask_all()
+    assert [answer.cached_tokens for answer in first] == [0] * len(prompts)
+    assert sum(answer.external_tokens for answer in second) >= HIT_TOKENS
+    for cold, other in zip(first, second, strict=True):
+        assert other.token_ids == cold.token_ids
+        assert _error(other, cold) <= RECOMPUTE_BOUND
+
+
+def _alone(served: Served, prompt: list[int]) -> Completion:
+    """By a connection of the thread's own."""
+    with served.server.client() as client:
+        return Served(served.server, client).ask(prompt=prompt)
 
 
 def test_counters_show_it(served: Served) -> None:

@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from flexkv_core.block_manager import BlockManager, ModelConfig
+from flexkv_core.block_manager import ModelConfig
 from flexkv_core.config import FlexKVConfig, load_config
 from flexkv_core.errors import ConfigError, FlexKVError
 from flexkv_core.keys import hash_tokens, namespace_root
 from flexkv_core.layout import KVLayout
+from flexkv_core.manager import Blocks
+from flexkv_core.serve.choice import open_blocks
 from flexkv_core.tasks import KVResponse, TaskDone
 from flexkv_core.token_tasks import first_true, token_array
 from flexkv_core.weights import weights_identity
@@ -184,7 +186,7 @@ class InTreeManager:
         gpu_register_port: str = _PORT,
     ) -> None:
         self._model, self._replica, self._port = model_config, dp_client_id, gpu_register_port
-        self.blocks: BlockManager | None = None
+        self.blocks: Blocks | None = None
         self.root = b""
         self._tasks: dict[int, _Task] = {}
         self._metrics: PromMetrics | None = None
@@ -211,7 +213,7 @@ class InTreeManager:
         )
         identity = {**self._model.identity, "kv": repr(layout), "kv_dtype": str(tensors[0].dtype)}
         copier = copier_over(segments, tensors[0].device, list(tensors))
-        blocks = BlockManager(ModelConfig(identity, shape, self._replica), config, copier)
+        blocks = open_blocks(ModelConfig(identity, shape, self._replica), config, copier)
         blocks.start()
         self.blocks, self.root = blocks, blocks.root
         if self._model.enable_metrics:
@@ -311,7 +313,7 @@ class InTreeManager:
         if self.blocks is not None:
             self.blocks.shutdown()
 
-    def _keys(self, token_ids: npt.NDArray[np.int64]) -> tuple[Any, BlockManager, bytes]:
+    def _keys(self, token_ids: npt.NDArray[np.int64]) -> tuple[Any, Blocks, bytes]:
         """The tokens, the manager, and the tokens' keys: none where nobody says whose they are, so that nothing is found or stored."""
         tokens, blocks, namespace = token_array(token_ids), self._open_blocks(), current_namespace()
         if self._metrics is not None:
@@ -340,7 +342,7 @@ class InTreeManager:
     def _of(self, task_ids: Iterable[int]) -> list[_Task]:
         return [self._tasks[task_id] for task_id in task_ids if task_id in self._tasks]
 
-    def _open_blocks(self) -> BlockManager:
+    def _open_blocks(self) -> Blocks:
         assert self.blocks is not None, "no device was registered"
         return self.blocks
 
