@@ -291,14 +291,9 @@ def test_what_is_known_early_is_refused_early(
         check_before_weights(arguments)
 
 
-@pytest.mark.parametrize("version", ["0.5.23", "0.5.23.post1", "0.6.0"])
-def test_versions_with_a_linker(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+@pytest.mark.parametrize(
+    ("version", "way"), [("0.5.23", True), ("0.5.23.post1", True), ("0.6.0", True), ("0.5.22", False)]
+)
+def test_which_way_a_version_has(monkeypatch: pytest.MonkeyPatch, version: str, way: bool) -> None:
     monkeypatch.setattr(tree_compat, "engine_version", lambda: version)
-    assert tree_compat.has_linker()
-
-
-def test_a_version_between_both_ways_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """0.5.22 has the newest radix cache, but not yet the linker."""
-    monkeypatch.setattr(tree_compat, "engine_version", lambda: "0.5.22")
-    with pytest.raises(ConfigError, match=r"0\.5\.21 or older, or 0\.5\.23 or newer"):
-        tree_compat.has_linker()
+    assert tree_compat.has_linker() is way

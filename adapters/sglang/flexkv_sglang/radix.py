@@ -26,7 +26,16 @@ from flexkv_core.weights import weights_identity
 from flexkv_sglang.compat import hooks
 from flexkv_sglang.compat.engine import engine_of
 from flexkv_sglang.compat.request import is_cacheable
-from flexkv_sglang.compat.tree import components_of, key_of, request_id, slots_in_tree
+from flexkv_sglang.compat.tree import (
+    components_of,
+    key_of,
+    matched_slots,
+    matched_tokens,
+    prefix_tokens,
+    request_id,
+    slots_in_tree,
+    told_as_loaded,
+)
 from flexkv_sglang.driver import Driver, open_side
 from flexkv_sglang.layout import check_supported
 from flexkv_sglang.scheduler_side import Held
@@ -76,32 +85,40 @@ class FlexKVRadixCache(Driver, RadixCache):
     def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
         """SGLang's match; with a request also what FlexKV could add, as ``host_hit_length``."""
         found = super().match_prefix(params)
-        req, device_tokens = params.req, len(found.device_indices)
+        req, device_tokens = params.req, matched_tokens(found)
         if self.disable or req is None or device_tokens >= len(params.key) or not is_cacheable(req):
             return found
         gain = self._side.matched_tokens(self.view(req), len(params.key), device_tokens)
         return found._replace(host_hit_length=gain) if gain else found
 
-    def init_load_back(self, params: InitLoadBackParams) -> tuple[torch.Tensor, Any]:
+    def init_load_back(self, params: InitLoadBackParams) -> tuple[torch.Tensor | int, Any]:
         """Load all that the match promised, and hand it to the tree; nothing where it does not arrive whole.
 
-        Returns int64 [loaded tokens], their slots, and the node where they end. The caller holds a lock on ``best_match_node``.
+        Returns what was loaded in the version's terms, and the node where it ends.
         """
-        req, gain = params.req, params.host_hit_length
+        node = params.best_match_node
+        self.inc_lock_ref(node)  # an eviction for the new slots must not take what they follow
+        try:
+            slots, end = self._load(params.req, params.host_hit_length, node)
+        finally:
+            self.dec_lock_ref(node)
+        return told_as_loaded(slots), end
+
+    def _load(self, req: Req, gain: int, node: Any) -> tuple[torch.Tensor, Any]:
+        """The slots of ``gain`` tokens behind ``node``, int64, filled, and the node where they end; else none and ``node``."""
         tokens = req.full_untruncated_fill_ids
-        found = self._on_device(req, tokens)
-        nothing = found.device_indices[:0]
-        first = len(req.prefix_indices)
-        if not gain or len(found.device_indices) != first:  # the tree has changed since the match
-            return nothing, params.best_match_node
+        device = matched_slots(self, self._on_device(req, tokens))
+        first, nothing = prefix_tokens(req), device[:0]
+        if not gain or len(device) != first:  # the tree has changed since the match
+            return nothing, node
         slots = self._allocate(gain)
         if slots is None:
-            return nothing, params.best_match_node
+            return nothing, node
         if not self._side.load(req.rid, slots.cpu().numpy()):
             self.token_to_kv_pool_allocator.free(slots)
-            return nothing, params.best_match_node
+            return nothing, node
         key = key_of(req, tokens[: first + gain])
-        self.insert(InsertParams(key=key, value=torch.cat([found.device_indices, slots])))
+        self.insert(InsertParams(key=key, value=torch.cat([device, slots])))
         return slots, super().match_prefix(MatchPrefixParams(key=key)).last_device_node
 
     def _allocate(self, tokens: int) -> torch.Tensor | None:
@@ -115,33 +132,43 @@ class FlexKVRadixCache(Driver, RadixCache):
     # A request's way out
 
     def cache_unfinished_req(self, req: Req, *arguments: Any, **options: Any) -> None:
-        """SGLang's, then a store of what the tree now holds of the request."""
+        """SGLang's, then a store of what the tree now holds of the request. Until 0.5.21."""
         super().cache_unfinished_req(req, *arguments, **options)
-        if not self.disable and is_cacheable(req):
-            self._store(req, req.full_untruncated_fill_ids, slots_in_tree(self, req), req.last_node)
+        self._store_unfinished(req)
 
     def cache_finished_req(self, req: Req, is_insert: bool = True, **options: Any) -> None:
-        """SGLang's, then a store of what the tree now holds of the request, whose state ends here."""
+        """The same for a request that has ended, whose state ends here. Until 0.5.20."""
         super().cache_finished_req(req, is_insert=is_insert, **options)
         if is_insert:
             self._store_finished(req)
         self._side.forget(req.rid)
 
     def insert_req(self, req: Req, *, up_to: int) -> None:
-        """The first half of the same, since 0.5.21."""
+        """The first half of that in 0.5.21."""
         super().insert_req(req, up_to=up_to)
         self._store_finished(req)
 
+    def checkpoint(self, req: Req, *, up_to: int) -> None:
+        """Both in 0.5.22."""
+        super().checkpoint(req, up_to=up_to)
+        self._store_unfinished(req)
+
     def on_release(self, req: Req, **how: Any) -> None:
-        """The second half: the request has ended, or gives up its place."""
+        """The second half since 0.5.21: the request has ended, or gives up its place."""
         super().on_release(req, **how)
         self._side.forget(req.rid)
 
+    def _store_unfinished(self, req: Req) -> None:
+        """Store what the request holds a lock on."""
+        if not self.disable and is_cacheable(req):
+            self._store(req, req.full_untruncated_fill_ids, slots_in_tree(self, req), req.last_node)
+
     def _store_finished(self, req: Req) -> None:
+        """Store what the tree holds of it; a lock there is none any more."""
         if not self.disable and is_cacheable(req):
             tokens = req.origin_input_ids + req.output_ids
             found = self._on_device(req, tokens)
-            self._store(req, tokens, found.device_indices, found.last_device_node)
+            self._store(req, tokens, matched_slots(self, found), found.last_device_node)
 
     def _on_device(self, req: Req, tokens: Sequence[int]) -> MatchResult:
         return super().match_prefix(MatchPrefixParams(key=key_of(req, tokens)))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sglang.srt.mem_cache.base_prefix_cache import MatchResult
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 
-from flexkv_core.errors import ConfigError
 from flexkv_sglang.compat.engine import engine_version
 
 if TYPE_CHECKING:
@@ -20,20 +20,9 @@ FIRST_LINKER = (0, 5, 23)
 
 
 def has_linker() -> bool:
-    """Whether FlexKV comes in as a linker; else as a radix cache.
-
-    Raises:
-        ConfigError: this version has neither in a form that FlexKV knows.
-    """
+    """Whether FlexKV comes in as a linker; else as a radix cache."""
     numbers = tuple(int(part) for part in engine_version().split(".")[:3] if part.isdigit())
-    if numbers >= FIRST_LINKER:
-        return True
-    if not hasattr(RadixCache, "cache_unfinished_req"):
-        raise ConfigError(
-            f"FlexKV: SGLang {engine_version()} has neither the radix cache of the versions before it nor the linker of those after it;"
-            " use 0.5.21 or older, or 0.5.23 or newer"
-        )
-    return False
+    return numbers >= FIRST_LINKER
 
 
 def components_of(context: Any) -> tuple[str, ...]:
@@ -51,8 +40,31 @@ def key_of(req: Req, tokens: Sequence[int]) -> RadixKey:
     return RadixKey(tokens, req.extra_key, **({"cache_salt": salt} if salt else {}))
 
 
+def matched_tokens(found: MatchResult) -> int:
+    """Tokens that the device holds of what was matched. Since 0.5.22 a match counts them only."""
+    count = getattr(found, "device_prefix_len", None)
+    return len(found.device_indices) if count is None else int(count)
+
+
+def matched_slots(cache: RadixCache, found: MatchResult) -> torch.Tensor:
+    """Their slots, int64 [tokens], on the device."""
+    slots = getattr(found, "device_indices", None)
+    return cache.path_device_indices(found.last_device_node) if slots is None else slots
+
+
+def prefix_tokens(req: Req) -> int:
+    """What :func:`matched_tokens` was when SGLang matched the request."""
+    count = getattr(req, "prefix_len", None)
+    return len(req.prefix_indices) if count is None else int(count)
+
+
+def told_as_loaded(slots: torch.Tensor) -> torch.Tensor | int:
+    """What ``init_load_back`` says of the slots that it filled: themselves, since 0.5.22 how many."""
+    return len(slots) if "device_prefix_len" in MatchResult._fields else slots
+
+
 def slots_in_tree(cache: RadixCache, req: Req) -> torch.Tensor:
-    """int64 [tokens], on the device: the slots of the request's row that the tree holds, after ``cache_unfinished_req``."""
+    """int64 [tokens], on the device: the slots of the request's row that the tree holds, after a checkpoint."""
     kv = getattr(req, "kv", None)
     state: Any = kv if hasattr(kv, "cache_protected_len") else req  # it moved
     row = cache.req_to_token_pool.req_to_token[state.req_pool_idx]
