@@ -19,7 +19,8 @@ from flexkv_kernels.copier import CpuCopier
 from flexkv_sglang.compat import tree as tree_compat
 from flexkv_sglang.layout import check_supported
 from flexkv_sglang.preflight import check_before_weights
-from tests.e2e_sglang.tree import NativeTree
+from tests.e2e_sglang.checks import new_prompt
+from tests.e2e_sglang.tree import CONFIG, NativeTree
 
 MakeTree = Callable[..., NativeTree]
 
@@ -28,7 +29,7 @@ MakeTree = Callable[..., NativeTree]
 def make(tmp_path: Path) -> Iterator[MakeTree]:
     """Makes trees and closes them."""
     made: list[NativeTree] = []
-    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}')
+    (tmp_path / "config.json").write_text(CONFIG)
 
     def make_tree(page_size: int = 1, tokens: int = 512, **settings: object) -> NativeTree:
         made.append(NativeTree(str(tmp_path), page_size, tokens, **{"host_bytes": "4MiB", **settings}))
@@ -39,22 +40,10 @@ def make(tmp_path: Path) -> Iterator[MakeTree]:
         tree.close()
 
 
-def prompt(seed: int, tokens: int) -> list[int]:
-    return np.random.default_rng(seed).integers(100, 40_000, tokens).tolist()
-
-
-def store(tree: NativeTree, tokens: list[int], salt: str | None = None) -> None:
-    """A request comes, is answered and goes; its KV is in the host tier."""
-    req = tree.request(f"store-{tokens[0]}-{len(tokens)}-{salt}", tokens, salt)
-    tree.prefill(req)
-    tree.finish(req)
-    tree.settle()
-
-
 @pytest.mark.parametrize("page_size", [1, 4, 16, 32])
 def test_bytes_come_back(make: MakeTree, page_size: int) -> None:
-    tree, tokens = make(page_size), prompt(1, 201)
-    store(tree, tokens)
+    tree, tokens = make(page_size), new_prompt(1, 201)
+    tree.store(tokens)
     tree.flush()
     req = tree.request("again", tokens)
     assert tree.prefill(req) == 192
@@ -63,10 +52,10 @@ def test_bytes_come_back(make: MakeTree, page_size: int) -> None:
 
 
 def test_only_what_the_device_lacks_is_loaded(make: MakeTree) -> None:
-    tree, tokens = make(), prompt(2, 201)
-    store(tree, tokens)
+    tree, tokens = make(), new_prompt(2, 201)
+    tree.store(tokens)
     tree.flush()
-    first = tree.request("first", tokens[:50] + prompt(3, 20))
+    first = tree.request("first", tokens[:50] + new_prompt(3, 20))
     tree.prefill(first)  # loads 48 and computes 2 that the next one shares
     second = tree.request("second", tokens)
     assert tree.prefill(second) == 192 - 50
@@ -74,16 +63,16 @@ def test_only_what_the_device_lacks_is_loaded(make: MakeTree) -> None:
 
 
 def test_growing_sequences_are_stored_once(make: MakeTree) -> None:
-    tree, tokens = make(), prompt(4, 150)
-    store(tree, tokens[:100])
+    tree, tokens = make(), new_prompt(4, 150)
+    tree.store(tokens[:100])
     before = tree.linker.side.manager.counters().stored_blocks
-    store(tree, tokens)
+    tree.store(tokens)
     assert (before, tree.linker.side.manager.counters().stored_blocks) == (6, 9)
 
 
 def test_salts_separate(make: MakeTree) -> None:
-    tree, tokens = make(), prompt(5, 100)
-    store(tree, tokens, "one")
+    tree, tokens = make(), new_prompt(5, 100)
+    tree.store(tokens, "one")
     tree.flush()
     assert [tree.match(tree.request(f"salt {salt}", tokens, salt)) for salt in ("two", None, "one")] == [
         0,
@@ -96,8 +85,8 @@ def test_salts_separate(make: MakeTree) -> None:
 def test_a_failed_load_gives_its_slots_back(
     make: MakeTree, monkeypatch: pytest.MonkeyPatch, page_size: int
 ) -> None:
-    tree, tokens = make(page_size), prompt(6, 161)
-    store(tree, tokens)
+    tree, tokens = make(page_size), new_prompt(6, 161)
+    tree.store(tokens)
     tree.flush()
     free = tree.allocator.available_size()
 
@@ -117,8 +106,8 @@ def test_a_failed_load_gives_its_slots_back(
 
 
 def test_a_damaged_block_is_computed(make: MakeTree) -> None:
-    tree, tokens = make(), prompt(7, 161)
-    store(tree, tokens)
+    tree, tokens = make(), new_prompt(7, 161)
+    tree.store(tokens)
     tree.flush()
     host = tree.linker.side.manager.host
     host.checksums[:] ^= 1
@@ -128,8 +117,8 @@ def test_a_damaged_block_is_computed(make: MakeTree) -> None:
 
 
 def test_an_abort_in_the_queue_leaves_nothing(make: MakeTree) -> None:
-    tree, tokens = make(), prompt(8, 161)
-    store(tree, tokens)
+    tree, tokens = make(), new_prompt(8, 161)
+    tree.store(tokens)
     tree.flush()
     free = tree.allocator.available_size()
     req = tree.request("given up", tokens)
@@ -141,7 +130,7 @@ def test_an_abort_in_the_queue_leaves_nothing(make: MakeTree) -> None:
 
 def test_a_store_locks_its_node_until_it_has_ended(make: MakeTree, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the copy runs nothing may overwrite its slots; an eviction that needs them waits for it and goes on."""
-    tree, tokens = make(tokens=256), prompt(9, 200)
+    tree, tokens = make(tokens=256), new_prompt(9, 200)
     may_copy = threading.Event()
     gather = CpuCopier.gather
 
@@ -156,7 +145,7 @@ def test_a_store_locks_its_node_until_it_has_ended(make: MakeTree, monkeypatch: 
     tree.step()
     assert tree.linker.side.pending_stores == 1
     threading.Timer(0.2, may_copy.set).start()
-    other = tree.request("needs the room", prompt(10, 200))
+    other = tree.request("needs the room", new_prompt(10, 200))
     tree.prefill(other)
     assert may_copy.is_set()
     tree.finish(other)
@@ -171,7 +160,7 @@ def test_eviction_of_both_tiers(make: MakeTree) -> None:
     """Many more sequences than fit: what is found is right, what is not is computed."""
     tree = make(page_size=16, tokens=1024, host_bytes=(2 << 20) + 64 * 4096)
     rng = np.random.default_rng(0)
-    prompts = [prompt(20 + n, 161) for n in range(12)]
+    prompts = [new_prompt(20 + n, 161) for n in range(12)]
     loaded = 0
     for _ in range(60):
         number = int(rng.zipf(1.5)) % len(prompts)
@@ -187,22 +176,22 @@ def test_eviction_of_both_tiers(make: MakeTree) -> None:
 
 
 def test_other_weights_find_nothing(make: MakeTree) -> None:
-    tree, tokens = make(), prompt(11, 161)
-    store(tree, tokens)
+    tree, tokens = make(), new_prompt(11, 161)
+    tree.store(tokens)
     tree.cache.linker.weights_change()
-    store(tree, prompt(12, 161))  # neither stored nor found until the tree is empty
+    tree.store(new_prompt(12, 161))  # neither stored nor found until the tree is empty
     tree.flush()
     assert tree.match(tree.request("old", tokens)) == 0
-    assert tree.match(tree.request("between", prompt(12, 161))) == 0
-    store(tree, tokens)
+    assert tree.match(tree.request("between", new_prompt(12, 161))) == 0
+    tree.store(tokens)
     tree.flush()
     assert tree.match(tree.request("new", tokens)) == 160
 
 
 def test_a_restart_finds_the_ssd(make: MakeTree, tmp_path: Path) -> None:
     settings = {"ssd_dirs": [str(tmp_path)], "ssd_bytes": "64MiB"}
-    tree, tokens = make(**settings), prompt(13, 161)
-    store(tree, tokens)
+    tree, tokens = make(**settings), new_prompt(13, 161)
+    tree.store(tokens)
     tree.close()
     again = make(**settings)
     req = again.request("again", tokens)
@@ -232,8 +221,8 @@ def test_events_tell_what_is_where(make: MakeTree) -> None:
     tree = make(page_size=16, tokens=1024, host_bytes=(2 << 20) + 16 * 4096)
     held: set[int] = set()
     for number in range(4):
-        tokens = prompt(40 + number, 161)
-        store(tree, tokens, "tenant")
+        tokens = new_prompt(40 + number, 161)
+        tree.store(tokens, "tenant")
         for event in tree.cache.take_events():
             if getattr(event, "medium", "GPU") == "GPU":  # SGLang's own
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +25,8 @@ from sglang.srt.server_args import ServerArgs
 from flexkv_sglang.linker import FlexKVLinker
 
 LAYERS, HEADS, HEAD_DIM = 2, 2, 8
+CONFIG = '{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}'
+"""All of a model that is read: the content of its config.json."""
 
 
 class Pools:
@@ -59,7 +62,7 @@ class Pools:
         )
 
 
-class Tree:
+class Tree(ABC):
     """Drives a tree as SGLang's scheduler does. ``cache`` is made over ``pools``."""
 
     def __init__(self, pools: Pools, cache: Any) -> None:
@@ -123,6 +126,29 @@ class Tree:
         """A round of the scheduler's loop."""
         self.cache.check_hicache_events()
 
+    def settle(self) -> None:
+        """Rounds until no store is under way."""
+        deadline = time.monotonic() + 10
+        while self.pending_stores() and time.monotonic() < deadline:
+            self.step()
+            time.sleep(0.001)
+        assert not self.pending_stores()
+
+    @abstractmethod
+    def pending_stores(self) -> int:
+        """Stores under way."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give the host tier back."""
+
+    def store(self, tokens: list[int], salt: str | None = None) -> None:
+        """A request comes, is answered and goes; its KV is in the host tier."""
+        req = self.request(f"store-{tokens[0]}-{len(tokens)}-{salt}", tokens, salt)
+        self.prefill(req)
+        self.finish(req)
+        self.settle()
+
     def flush(self) -> None:
         """``/flush_cache``."""
         self.cache.reset()
@@ -158,16 +184,13 @@ class NativeTree(Tree):
         )
         cache.init_cache_linker(self.linker)
 
-    def settle(self) -> None:
-        """Rounds until no store is under way."""
-        deadline = time.monotonic() + 10
-        while self.linker.side.pending_stores and time.monotonic() < deadline:
-            self.step()
-            time.sleep(0.001)
-        assert not self.linker.side.pending_stores
+    def pending_stores(self) -> int:
+        """See :class:`Tree`."""
+        assert self.linker.side is not None
+        return self.linker.side.pending_stores
 
     def close(self) -> None:
-        """Give the host tier back."""
+        """See :class:`Tree`."""
         self.linker.close()
 
 
