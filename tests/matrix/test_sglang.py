@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from flexkv_core.cli.harness.client import Completion
+from flexkv_core.cli.harness.server import free_port
 from flexkv_core.cli.harness.sglang import (
     BACKEND_ARGUMENTS,
     CPU_ARGUMENTS,
@@ -65,8 +66,12 @@ def served(
         *WAYS[way],
         *("--page-size", str(PAGES[way]), "--max-total-tokens", "8192", "--chunked-prefill-size", "512"),
     ]
-    # Before 0.5.22 slots of pages are handed out by a Triton kernel, on a CPU too.
-    environment = {**CPU_ENVIRONMENT, "TRITON_INTERPRET": "1", "FLEXKV_HOST_BYTES": "128MiB"}
+    environment = {
+        **CPU_ENVIRONMENT,
+        "TRITON_INTERPRET": "1",  # before 0.5.22 slots of pages are handed out by a Triton kernel, on a CPU too
+        "SGLANG_GRPC_PORT": str(free_port()),  # 0.5.13 adds 10,000 to its port, which may be too much
+        "FLEXKV_HOST_BYTES": "128MiB",
+    }
     log = tmp_path_factory.mktemp("sglang") / "server.log"
     with SglangServer(model, arguments, environment, log) as server, server.client() as client:
         print(f"SGLang {engine.version} by {way}")
