@@ -51,6 +51,18 @@ def test_bytes_come_back(make: MakeTree, page_size: int) -> None:
     tree.linker.side.manager.check_integrity()
 
 
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_latent_attention(make: MakeTree, page_size: int) -> None:
+    """One tensor a layer: its bytes come back, and another tenant gets none of them."""
+    tree, tokens = make(page_size, is_mla=True), new_prompt(14, 201)
+    tree.store(tokens, "mine")
+    tree.flush()
+    assert tree.match(tree.request("theirs", tokens, "theirs")) == 0
+    req = tree.request("again", tokens, "mine")
+    assert tree.prefill(req) == 192
+    assert tree.wrong_positions(req) == []
+
+
 def test_only_what_the_device_lacks_is_loaded(make: MakeTree) -> None:
     tree, tokens = make(), new_prompt(2, 201)
     tree.store(tokens)
