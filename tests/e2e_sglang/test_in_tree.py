@@ -16,10 +16,13 @@ import pytest
 import sglang_on_cpu
 from sglang.srt.runtime_context import get_parallel
 
+from flexkv_core.block_manager import BlockManager
+from flexkv_core.cli.harness.cache_server import CacheServer
 from flexkv_core.errors import ConfigError, TransferError
 from flexkv_kernels.copier import CpuCopier
 from flexkv_sglang import in_tree
-from tests.e2e_sglang.tree import LAYERS, Pools, Tree
+from tests.e2e_sglang.checks import new_prompt
+from tests.e2e_sglang.tree import CONFIG, LAYERS, Pools, Tree
 
 
 class InTree(Tree):
@@ -49,19 +52,19 @@ class InTree(Tree):
         manager: in_tree.InTreeManager = self.cache.flexkv_connector.kv_manager
         return manager
 
-    def settle(self) -> None:
-        """Rounds until no store is under way."""
-        deadline = time.monotonic() + 10
-        while self.cache._inflight_store_nodes and time.monotonic() < deadline:
-            self.step()
-            time.sleep(0.001)
-        assert not self.cache._inflight_store_nodes
+    def pending_stores(self) -> int:
+        """See :class:`Tree`."""
+        return len(self.cache._inflight_store_nodes)
+
+    def close(self) -> None:
+        """See :class:`Tree`."""
+        self.cache.shutdown()
 
 
 @pytest.fixture
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., InTree]]:
     monkeypatch.setenv("FLEXKV_HOST_BYTES", "4MiB")
-    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}')
+    (tmp_path / "config.json").write_text(CONFIG)
     made: list[InTree] = []
 
     def make_tree(page_size: int = 1, tokens: int = 512) -> InTree:
@@ -70,24 +73,13 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
 
     yield make_tree
     for tree in made:
-        tree.cache.shutdown()
-
-
-def prompt(seed: int, tokens: int) -> list[int]:
-    return np.random.default_rng(seed).integers(100, 40_000, tokens).tolist()
-
-
-def store(tree: InTree, tokens: list[int], salt: str | None = None) -> None:
-    req = tree.request(f"store-{tokens[0]}-{salt}", tokens, salt)
-    tree.prefill(req)
-    tree.finish(req)
-    tree.settle()
+        tree.close()
 
 
 @pytest.mark.parametrize("page_size", [1, 16])
 def test_bytes_come_back(make: Callable[..., InTree], page_size: int) -> None:
-    tree, tokens = make(page_size), prompt(1, 201)
-    store(tree, tokens)
+    tree, tokens = make(page_size), new_prompt(1, 201)
+    tree.store(tokens)
     tree.flush()
     req = tree.request("again", tokens)
     assert tree.prefill(req) == 192
@@ -96,8 +88,8 @@ def test_bytes_come_back(make: Callable[..., InTree], page_size: int) -> None:
 
 def test_what_the_device_holds_is_not_loaded(make: Callable[..., InTree]) -> None:
     """The device ends within a block: the load begins there, not where the block does."""
-    tree, tokens = make(), prompt(2, 201)
-    store(tree, tokens)
+    tree, tokens = make(), new_prompt(2, 201)
+    tree.store(tokens)
     tree.flush()
     tree.prefill(tree.request("first", tokens[:50]))
     second = tree.request("second", tokens)
@@ -107,8 +99,8 @@ def test_what_the_device_holds_is_not_loaded(make: Callable[..., InTree]) -> Non
 
 def test_tenants_do_not_share(make: Callable[..., InTree]) -> None:
     """On the way in and on the way out, by salt and by extra key."""
-    tree, tokens = make(), prompt(3, 200)
-    store(tree, tokens, "one")
+    tree, tokens = make(), new_prompt(3, 200)
+    tree.store(tokens, "one")
     tree.flush()
     for name, salt, extra, expected in (
         ("other salt", "two", None, 0),
@@ -125,17 +117,17 @@ def test_tenants_do_not_share(make: Callable[..., InTree]) -> None:
 
 def test_a_caller_without_a_request_finds_and_stores_nothing(make: Callable[..., InTree]) -> None:
     """Nobody says whose tokens they are, so they are nobody's."""
-    tree, tokens = make(), prompt(4, 160)
-    store(tree, tokens)
+    tree, tokens = make(), new_prompt(4, 160)
+    tree.store(tokens)
     task, mask = tree.manager.get_match(np.array(tokens))
     assert (task, mask.any()) == (-1, False)
-    task, mask = tree.manager.put_match(np.array(prompt(5, 160)))
+    task, mask = tree.manager.put_match(np.array(new_prompt(5, 160)))
     assert (task, mask.any()) == (-1, False)
 
 
 def test_a_failed_load_is_computed(make: Callable[..., InTree], monkeypatch: pytest.MonkeyPatch) -> None:
-    tree, tokens = make(), prompt(6, 161)
-    store(tree, tokens)
+    tree, tokens = make(), new_prompt(6, 161)
+    tree.store(tokens)
     tree.flush()
     free = tree.allocator.available_size()
 
@@ -153,25 +145,52 @@ def test_a_failed_load_is_computed(make: Callable[..., InTree], monkeypatch: pyt
 
 
 def test_a_match_that_is_given_up_pins_nothing(make: Callable[..., InTree]) -> None:
-    tree, tokens = make(), prompt(7, 161)
-    store(tree, tokens)
+    tree, tokens = make(), new_prompt(7, 161)
+    tree.store(tokens)
     tree.flush()
     req = tree.request("given up", tokens)
     assert tree.match(req) == 160
     tree.cache.release_aborted_request(req.cache_request_handle)
     assert not tree.manager._tasks
-    assert tree.manager.blocks is not None
+    assert isinstance(tree.manager.blocks, BlockManager)
     tree.manager.blocks.check_integrity()
 
 
 def test_other_weights_find_nothing(make: Callable[..., InTree]) -> None:
     from flexkv_sglang.compat import in_tree_hooks
 
-    tree, tokens = make(), prompt(8, 161)
-    store(tree, tokens)
+    tree, tokens = make(), new_prompt(8, 161)
+    tree.store(tokens)
     in_tree_hooks._observe_weight_load(None, "disk")
     tree.flush()
     assert tree.match(tree.request("old", tokens)) == 0
+
+
+def test_the_tiers_of_a_server(
+    make: Callable[..., InTree], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one process has stored, the next one finds: the memory is that of ``flexkv serve``."""
+    monkeypatch.delenv("FLEXKV_HOST_BYTES")
+    tokens = new_prompt(9, 201)
+    with CacheServer(tmp_path, "16MiB") as server:
+        monkeypatch.setenv("FLEXKV_SERVER", str(server.socket))
+        first = make()
+        wait_until_ready(first)
+        first.store(tokens)
+        first.close()
+        second = make()
+        wait_until_ready(second)
+        req = second.request("again", tokens)
+        assert second.prefill(req) == 192
+        assert second.wrong_positions(req) == []
+
+
+def wait_until_ready(tree: InTree) -> None:
+    blocks, deadline = tree.manager.blocks, time.monotonic() + 20
+    assert blocks is not None
+    while not blocks.is_ready():
+        assert time.monotonic() < deadline, "the server was not found"
+        time.sleep(0.01)
 
 
 def test_more_than_one_process_is_refused(tmp_path: Path) -> None:

@@ -16,9 +16,11 @@ import pytest
 from flexkv_core.config import FlexKVConfig
 from flexkv_core.errors import ConfigError, TransferError
 from flexkv_kernels.copier import CpuCopier
+from flexkv_sglang.compat import tree as tree_compat
 from flexkv_sglang.layout import check_supported
 from flexkv_sglang.preflight import check_before_weights
-from tests.e2e_sglang.tree import NativeTree
+from tests.e2e_sglang.checks import new_prompt
+from tests.e2e_sglang.tree import CONFIG, NativeTree
 
 MakeTree = Callable[..., NativeTree]
 
@@ -27,7 +29,7 @@ MakeTree = Callable[..., NativeTree]
 def make(tmp_path: Path) -> Iterator[MakeTree]:
     """Makes trees and closes them."""
     made: list[NativeTree] = []
-    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}')
+    (tmp_path / "config.json").write_text(CONFIG)
 
     def make_tree(page_size: int = 1, tokens: int = 512, **settings: object) -> NativeTree:
         made.append(NativeTree(str(tmp_path), page_size, tokens, **{"host_bytes": "4MiB", **settings}))
@@ -38,22 +40,10 @@ def make(tmp_path: Path) -> Iterator[MakeTree]:
         tree.close()
 
 
-def prompt(seed: int, tokens: int) -> list[int]:
-    return np.random.default_rng(seed).integers(100, 40_000, tokens).tolist()
-
-
-def store(tree: NativeTree, tokens: list[int], salt: str | None = None) -> None:
-    """A request comes, is answered and goes; its KV is in the host tier."""
-    req = tree.request(f"store-{tokens[0]}-{len(tokens)}-{salt}", tokens, salt)
-    tree.prefill(req)
-    tree.finish(req)
-    tree.settle()
-
-
 @pytest.mark.parametrize("page_size", [1, 4, 16, 32])
 def test_bytes_come_back(make: MakeTree, page_size: int) -> None:
-    tree, tokens = make(page_size), prompt(1, 201)
-    store(tree, tokens)
+    tree, tokens = make(page_size), new_prompt(1, 201)
+    tree.store(tokens)
     tree.flush()
     req = tree.request("again", tokens)
     assert tree.prefill(req) == 192
@@ -61,11 +51,23 @@ def test_bytes_come_back(make: MakeTree, page_size: int) -> None:
     tree.linker.side.manager.check_integrity()
 
 
-def test_only_what_the_device_lacks_is_loaded(make: MakeTree) -> None:
-    tree, tokens = make(), prompt(2, 201)
-    store(tree, tokens)
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_latent_attention(make: MakeTree, page_size: int) -> None:
+    """One tensor a layer: its bytes come back, and another tenant gets none of them."""
+    tree, tokens = make(page_size, is_mla=True), new_prompt(14, 201)
+    tree.store(tokens, "mine")
     tree.flush()
-    first = tree.request("first", tokens[:50] + prompt(3, 20))
+    assert tree.match(tree.request("theirs", tokens, "theirs")) == 0
+    req = tree.request("again", tokens, "mine")
+    assert tree.prefill(req) == 192
+    assert tree.wrong_positions(req) == []
+
+
+def test_only_what_the_device_lacks_is_loaded(make: MakeTree) -> None:
+    tree, tokens = make(), new_prompt(2, 201)
+    tree.store(tokens)
+    tree.flush()
+    first = tree.request("first", tokens[:50] + new_prompt(3, 20))
     tree.prefill(first)  # loads 48 and computes 2 that the next one shares
     second = tree.request("second", tokens)
     assert tree.prefill(second) == 192 - 50
@@ -73,16 +75,16 @@ def test_only_what_the_device_lacks_is_loaded(make: MakeTree) -> None:
 
 
 def test_growing_sequences_are_stored_once(make: MakeTree) -> None:
-    tree, tokens = make(), prompt(4, 150)
-    store(tree, tokens[:100])
+    tree, tokens = make(), new_prompt(4, 150)
+    tree.store(tokens[:100])
     before = tree.linker.side.manager.counters().stored_blocks
-    store(tree, tokens)
+    tree.store(tokens)
     assert (before, tree.linker.side.manager.counters().stored_blocks) == (6, 9)
 
 
 def test_salts_separate(make: MakeTree) -> None:
-    tree, tokens = make(), prompt(5, 100)
-    store(tree, tokens, "one")
+    tree, tokens = make(), new_prompt(5, 100)
+    tree.store(tokens, "one")
     tree.flush()
     assert [tree.match(tree.request(f"salt {salt}", tokens, salt)) for salt in ("two", None, "one")] == [
         0,
@@ -95,8 +97,8 @@ def test_salts_separate(make: MakeTree) -> None:
 def test_a_failed_load_gives_its_slots_back(
     make: MakeTree, monkeypatch: pytest.MonkeyPatch, page_size: int
 ) -> None:
-    tree, tokens = make(page_size), prompt(6, 161)
-    store(tree, tokens)
+    tree, tokens = make(page_size), new_prompt(6, 161)
+    tree.store(tokens)
     tree.flush()
     free = tree.allocator.available_size()
 
@@ -116,8 +118,8 @@ def test_a_failed_load_gives_its_slots_back(
 
 
 def test_a_damaged_block_is_computed(make: MakeTree) -> None:
-    tree, tokens = make(), prompt(7, 161)
-    store(tree, tokens)
+    tree, tokens = make(), new_prompt(7, 161)
+    tree.store(tokens)
     tree.flush()
     host = tree.linker.side.manager.host
     host.checksums[:] ^= 1
@@ -127,8 +129,8 @@ def test_a_damaged_block_is_computed(make: MakeTree) -> None:
 
 
 def test_an_abort_in_the_queue_leaves_nothing(make: MakeTree) -> None:
-    tree, tokens = make(), prompt(8, 161)
-    store(tree, tokens)
+    tree, tokens = make(), new_prompt(8, 161)
+    tree.store(tokens)
     tree.flush()
     free = tree.allocator.available_size()
     req = tree.request("given up", tokens)
@@ -140,7 +142,7 @@ def test_an_abort_in_the_queue_leaves_nothing(make: MakeTree) -> None:
 
 def test_a_store_locks_its_node_until_it_has_ended(make: MakeTree, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the copy runs nothing may overwrite its slots; an eviction that needs them waits for it and goes on."""
-    tree, tokens = make(tokens=256), prompt(9, 200)
+    tree, tokens = make(tokens=256), new_prompt(9, 200)
     may_copy = threading.Event()
     gather = CpuCopier.gather
 
@@ -155,7 +157,7 @@ def test_a_store_locks_its_node_until_it_has_ended(make: MakeTree, monkeypatch: 
     tree.step()
     assert tree.linker.side.pending_stores == 1
     threading.Timer(0.2, may_copy.set).start()
-    other = tree.request("needs the room", prompt(10, 200))
+    other = tree.request("needs the room", new_prompt(10, 200))
     tree.prefill(other)
     assert may_copy.is_set()
     tree.finish(other)
@@ -170,7 +172,7 @@ def test_eviction_of_both_tiers(make: MakeTree) -> None:
     """Many more sequences than fit: what is found is right, what is not is computed."""
     tree = make(page_size=16, tokens=1024, host_bytes=(2 << 20) + 64 * 4096)
     rng = np.random.default_rng(0)
-    prompts = [prompt(20 + n, 161) for n in range(12)]
+    prompts = [new_prompt(20 + n, 161) for n in range(12)]
     loaded = 0
     for _ in range(60):
         number = int(rng.zipf(1.5)) % len(prompts)
@@ -186,22 +188,22 @@ def test_eviction_of_both_tiers(make: MakeTree) -> None:
 
 
 def test_other_weights_find_nothing(make: MakeTree) -> None:
-    tree, tokens = make(), prompt(11, 161)
-    store(tree, tokens)
+    tree, tokens = make(), new_prompt(11, 161)
+    tree.store(tokens)
     tree.cache.linker.weights_change()
-    store(tree, prompt(12, 161))  # neither stored nor found until the tree is empty
+    tree.store(new_prompt(12, 161))  # neither stored nor found until the tree is empty
     tree.flush()
     assert tree.match(tree.request("old", tokens)) == 0
-    assert tree.match(tree.request("between", prompt(12, 161))) == 0
-    store(tree, tokens)
+    assert tree.match(tree.request("between", new_prompt(12, 161))) == 0
+    tree.store(tokens)
     tree.flush()
     assert tree.match(tree.request("new", tokens)) == 160
 
 
 def test_a_restart_finds_the_ssd(make: MakeTree, tmp_path: Path) -> None:
     settings = {"ssd_dirs": [str(tmp_path)], "ssd_bytes": "64MiB"}
-    tree, tokens = make(**settings), prompt(13, 161)
-    store(tree, tokens)
+    tree, tokens = make(**settings), new_prompt(13, 161)
+    tree.store(tokens)
     tree.close()
     again = make(**settings)
     req = again.request("again", tokens)
@@ -231,8 +233,8 @@ def test_events_tell_what_is_where(make: MakeTree) -> None:
     tree = make(page_size=16, tokens=1024, host_bytes=(2 << 20) + 16 * 4096)
     held: set[int] = set()
     for number in range(4):
-        tokens = prompt(40 + number, 161)
-        store(tree, tokens, "tenant")
+        tokens = new_prompt(40 + number, 161)
+        tree.store(tokens, "tenant")
         for event in tree.cache.take_events():
             if getattr(event, "medium", "GPU") == "GPU":  # SGLang's own
                 continue
@@ -288,3 +290,11 @@ def test_what_is_known_early_is_refused_early(
         monkeypatch.setenv("FLEXKV_HOTS_BYTES", "1")
     with pytest.raises(ConfigError, match=word):
         check_before_weights(arguments)
+
+
+@pytest.mark.parametrize(
+    ("version", "way"), [("0.5.23", True), ("0.5.23.post1", True), ("0.6.0", True), ("0.5.22", False)]
+)
+def test_which_way_a_version_has(monkeypatch: pytest.MonkeyPatch, version: str, way: bool) -> None:
+    monkeypatch.setattr(tree_compat, "engine_version", lambda: version)
+    assert tree_compat.has_linker() is way

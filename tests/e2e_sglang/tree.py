@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.base_prefix_cache import InitLoadBackParams
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.common import checkpoint_kv_cache, release_kv_cache
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool, ReqToTokenPool
 from sglang.srt.mem_cache.unified_cache.components import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.runtime_context import publish
@@ -24,24 +25,17 @@ from sglang.srt.server_args import ServerArgs
 from flexkv_sglang.linker import FlexKVLinker
 
 LAYERS, HEADS, HEAD_DIM = 2, 2, 8
+CONFIG = '{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}'
+"""All of a model that is read: the content of its config.json."""
 
 
 class Pools:
     """A scheduler's pools, and what its tree is made of."""
 
-    def __init__(self, model: str, page_size: int, tokens: int) -> None:
+    def __init__(self, model: str, page_size: int, tokens: int, is_mla: bool = False) -> None:
         self.server_args = ServerArgs(model_path=model, device="cpu", page_size=page_size, dtype="float32")
         publish(self.server_args, role="test")
-        self.kv = MHATokenToKVPool(
-            size=tokens,
-            page_size=page_size,
-            dtype=torch.float32,
-            head_num=HEADS,
-            head_dim=HEAD_DIM,
-            layer_num=LAYERS,
-            device="cpu",
-            enable_memory_saver=False,
-        )
+        self.kv = _mla_pool(page_size, tokens) if is_mla else _mha_pool(page_size, tokens)
         common = (torch.float32, "cpu", self.kv, False)
         self.allocator: Any = (
             TokenToKVPoolAllocator(tokens, *common)
@@ -59,7 +53,34 @@ class Pools:
         )
 
 
-class Tree:
+def _mha_pool(page_size: int, tokens: int) -> MHATokenToKVPool:
+    return MHATokenToKVPool(
+        size=tokens,
+        page_size=page_size,
+        dtype=torch.float32,
+        head_num=HEADS,
+        head_dim=HEAD_DIM,
+        layer_num=LAYERS,
+        device="cpu",
+        enable_memory_saver=False,
+    )
+
+
+def _mla_pool(page_size: int, tokens: int) -> MLATokenToKVPool:
+    """One tensor a layer, of a token's latent and its rotated part."""
+    return MLATokenToKVPool(
+        size=tokens,
+        page_size=page_size,
+        dtype=torch.float32,
+        kv_lora_rank=12,
+        qk_rope_head_dim=4,
+        layer_num=LAYERS,
+        device="cpu",
+        enable_memory_saver=False,
+    )
+
+
+class Tree(ABC):
     """Drives a tree as SGLang's scheduler does. ``cache`` is made over ``pools``."""
 
     def __init__(self, pools: Pools, cache: Any) -> None:
@@ -123,6 +144,29 @@ class Tree:
         """A round of the scheduler's loop."""
         self.cache.check_hicache_events()
 
+    def settle(self) -> None:
+        """Rounds until no store is under way."""
+        deadline = time.monotonic() + 10
+        while self.pending_stores() and time.monotonic() < deadline:
+            self.step()
+            time.sleep(0.001)
+        assert not self.pending_stores()
+
+    @abstractmethod
+    def pending_stores(self) -> int:
+        """Stores under way."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give the host tier back."""
+
+    def store(self, tokens: list[int], salt: str | None = None) -> None:
+        """A request comes, is answered and goes; its KV is in the host tier."""
+        req = self.request(f"store-{tokens[0]}-{len(tokens)}-{salt}", tokens, salt)
+        self.prefill(req)
+        self.finish(req)
+        self.settle()
+
     def flush(self) -> None:
         """``/flush_cache``."""
         self.cache.reset()
@@ -132,24 +176,30 @@ class Tree:
     def wrong_positions(self, req: Req) -> list[int]:
         """Positions of a prefilled request whose KV is not what computing gives."""
         row = self.rows.req_to_token[req.kv.req_pool_idx, : len(req.full_untruncated_fill_ids)].tolist()
-        tensors = [*self.pool.k_buffer, *self.pool.v_buffer]
+        tensors = self._tensors()
         return [
             position
             for position, slot in enumerate(row)
             for index, tensor in enumerate(tensors)
-            if not torch.equal(tensor[slot], _value(req, position, index))
+            if not torch.equal(tensor[slot], _value(req, position, index, tensor))
         ]
 
     def _write(self, slot: int, req: Req, position: int) -> None:
-        for index, tensor in enumerate([*self.pool.k_buffer, *self.pool.v_buffer]):
-            tensor[slot] = _value(req, position, index)
+        for index, tensor in enumerate(self._tensors()):
+            tensor[slot] = _value(req, position, index, tensor)
+
+    def _tensors(self) -> list[torch.Tensor]:
+        """All layers' KV, ``[slots, heads, size]`` each."""
+        return getattr(self.pool, "kv_buffer", None) or [*self.pool.k_buffer, *self.pool.v_buffer]
 
 
 class NativeTree(Tree):
-    """With FlexKV's linker. ``settings`` are FlexKV's."""
+    """With FlexKV's linker. ``settings`` are FlexKV's; with ``is_mla`` the KV is that of multi-head latent attention."""
 
-    def __init__(self, model: str, page_size: int, tokens: int, **settings: object) -> None:
-        pools = Pools(model, page_size, tokens)
+    def __init__(
+        self, model: str, page_size: int, tokens: int, is_mla: bool = False, **settings: object
+    ) -> None:
+        pools = Pools(model, page_size, tokens, is_mla)
         cache = UnifiedRadixCache(pools.params)
         super().__init__(pools, cache)
         components = set(cache.components)
@@ -158,21 +208,18 @@ class NativeTree(Tree):
         )
         cache.init_cache_linker(self.linker)
 
-    def settle(self) -> None:
-        """Rounds until no store is under way."""
-        deadline = time.monotonic() + 10
-        while self.linker.side.pending_stores and time.monotonic() < deadline:
-            self.step()
-            time.sleep(0.001)
-        assert not self.linker.side.pending_stores
+    def pending_stores(self) -> int:
+        """See :class:`Tree`."""
+        assert self.linker.side is not None
+        return self.linker.side.pending_stores
 
     def close(self) -> None:
-        """Give the host tier back."""
+        """See :class:`Tree`."""
         self.linker.close()
 
 
-def _value(req: Req, position: int, tensor: int) -> torch.Tensor:
-    """The KV of one token: a function of the tokens up to it, of its tensor, and of the salt."""
-    seed = hash((tuple(req.full_untruncated_fill_ids[: position + 1]), tensor, req.cache_salt or ""))
+def _value(req: Req, position: int, index: int, tensor: torch.Tensor) -> torch.Tensor:
+    """The KV of one token: a function of the tokens up to it, of its tensor's number, and of the salt; with that tensor's shape."""
+    seed = hash((tuple(req.full_untruncated_fill_ids[: position + 1]), index, req.cache_salt or ""))
     generator = torch.Generator().manual_seed(seed & 0x7FFF_FFFF_FFFF)
-    return torch.rand(HEADS, HEAD_DIM, generator=generator)
+    return torch.rand(*tensor.shape[1:], generator=generator)

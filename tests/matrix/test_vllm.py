@@ -5,9 +5,7 @@ A version that needs patches gets them first, by the command a user types, and l
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,10 +14,8 @@ import pytest
 
 from flexkv_core.cli.harness.client import Completion, VllmClient
 from flexkv_core.cli.harness.server import CPU_ARGUMENTS, CPU_ENVIRONMENT, VllmServer
-from flexkv_core.cli.patch import job, series
-from flexkv_core.cli.patch.job import State
-from flexkv_core.cli.patch.target import Target, find
-from flexkv_core.config import cache_dir
+from flexkv_core.cli.patch.target import Target
+from tests.matrix.patched import patched
 
 CONNECTORS = ("FlexKVConnector", "FlexKVConnectorV1")
 BLOCK_TOKENS = 64
@@ -32,35 +28,8 @@ EXTERNAL_HITS = "vllm:external_prefix_cache_hits_total"
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Target]:
     """The installed engine, patched where its version needs it."""
-    target, patches = find("vllm", None, None, ("vllm",)), series.patches_folder()
-    job.revert(target, patches)  # what an interrupted run has left
-    before = digests(target)
-    assert job.apply(target, patches).state in (State.APPLIED, State.NOT_NEEDED)
-    print(f"vLLM {target.version}: {job.look(target, patches).state.value}")
-    yield target
-    job.revert(target, patches)
-    assert digests(target) == before
-
-
-def digests(target: Target) -> dict[str, str]:
-    """The checksum of every source file of the engine."""
-    return {
-        str(path): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(target.package.rglob("*.py"))
-    }
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Llama that the other tests have made, with a tokenizer that older transformers know too."""
-    (source,) = sorted((cache_dir() / "models").glob("tiny-llama-*"))[-1:]
-    folder = tmp_path_factory.mktemp("model")
-    for file in source.iterdir():
-        shutil.copy(file, folder)
-    settings = folder / "tokenizer_config.json"
-    content = json.loads(settings.read_text())
-    settings.write_text(json.dumps(content | {"tokenizer_class": "PreTrainedTokenizerFast"}))
-    return folder
+    with patched("vllm") as target:
+        yield target
 
 
 @pytest.fixture(scope="module", params=CONNECTORS)

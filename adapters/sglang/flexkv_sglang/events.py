@@ -10,6 +10,7 @@ from sglang.srt.disaggregation.kv_events import BlockRemoved, BlockStored, KVCac
 
 from flexkv_core.cache import ROOT, EventKind, TierEvent
 from flexkv_core.types import KEY_BYTES, Tier
+from flexkv_sglang.compat.kv_events import salt_field
 
 DESCRIBED_MAX = 65536
 """Stores whose tokens are remembered until they are reported; the oldest go first."""
@@ -54,7 +55,7 @@ class EventLog:
             block_size=self._block_tokens,
             lora_id=None,
             medium=medium,
-            cache_salt=known.salt if known is not None else None,
+            **salt_field(known.salt if known is not None else None),
         )
 
 

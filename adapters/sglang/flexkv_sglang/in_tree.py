@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from flexkv_core.block_manager import BlockManager, ModelConfig
+from flexkv_core.block_manager import ModelConfig
 from flexkv_core.config import FlexKVConfig, load_config
 from flexkv_core.errors import ConfigError, FlexKVError
 from flexkv_core.keys import hash_tokens, namespace_root
 from flexkv_core.layout import KVLayout
+from flexkv_core.manager import Blocks
+from flexkv_core.serve.choice import open_blocks
 from flexkv_core.tasks import KVResponse, TaskDone
 from flexkv_core.token_tasks import first_true, token_array
 from flexkv_core.weights import weights_identity
@@ -28,6 +30,7 @@ from flexkv_kernels.segments import pieces_of
 from flexkv_sglang.compat import in_tree_hooks
 from flexkv_sglang.compat.in_tree_hooks import current_namespace
 from flexkv_sglang.layout import BLOCK_TOKENS, check_engine, server_identity
+from flexkv_sglang.stats import PromMetrics
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +50,8 @@ class InTreeModel:
     config: FlexKVConfig
     page_size: int
     use_mla: bool
+    enable_metrics: bool = False
+    model_path: str = ""
     nnodes: int = 1
     pp_size: int = 1
     attn_tp_size: int = 1
@@ -116,7 +121,14 @@ class InTreeConfig:
             "loras": [(path, weights_identity(path, None)) for path in loras],
         }
         is_mla = str(getattr(sglang_config, "attention_arch", "")).endswith("MLA")
-        self.model_config = InTreeModel(identity, self._config, page_size, is_mla)
+        self.model_config = InTreeModel(
+            identity,
+            self._config,
+            page_size,
+            is_mla,
+            enable_metrics=bool(getattr(server_args, "enable_metrics", False)),
+            model_path=server_args.model_path,
+        )
         return InTreeRank(self.model_config, sglang_config.num_hidden_layers, dp_client_id=dp_rank)
 
 
@@ -174,9 +186,10 @@ class InTreeManager:
         gpu_register_port: str = _PORT,
     ) -> None:
         self._model, self._replica, self._port = model_config, dp_client_id, gpu_register_port
-        self.blocks: BlockManager | None = None
+        self.blocks: Blocks | None = None
         self.root = b""
         self._tasks: dict[int, _Task] = {}
+        self._metrics: PromMetrics | None = None
 
     def start(self) -> None:
         """Wait for the device, which :class:`DeviceClient` brings."""
@@ -200,9 +213,16 @@ class InTreeManager:
         )
         identity = {**self._model.identity, "kv": repr(layout), "kv_dtype": str(tensors[0].dtype)}
         copier = copier_over(segments, tensors[0].device, list(tensors))
-        blocks = BlockManager(ModelConfig(identity, shape, self._replica), config, copier)
+        blocks = open_blocks(ModelConfig(identity, shape, self._replica), config, copier)
         blocks.start()
         self.blocks, self.root = blocks, blocks.root
+        if self._model.enable_metrics:
+            labels = {
+                "model_name": self._model.model_path,
+                "tp_rank": "0",
+                "dp_rank": str(self._replica),
+            }
+            self._metrics = PromMetrics(blocks, labels)
 
     def is_ready(self) -> bool:
         """Whether the device has come."""
@@ -293,9 +313,11 @@ class InTreeManager:
         if self.blocks is not None:
             self.blocks.shutdown()
 
-    def _keys(self, token_ids: npt.NDArray[np.int64]) -> tuple[Any, BlockManager, bytes]:
+    def _keys(self, token_ids: npt.NDArray[np.int64]) -> tuple[Any, Blocks, bytes]:
         """The tokens, the manager, and the tokens' keys: none where nobody says whose they are, so that nothing is found or stored."""
         tokens, blocks, namespace = token_array(token_ids), self._open_blocks(), current_namespace()
+        if self._metrics is not None:
+            self._metrics.update()
         if namespace is None:
             return tokens, blocks, b""
         root = namespace_root(self.root, namespace)
@@ -320,7 +342,7 @@ class InTreeManager:
     def _of(self, task_ids: Iterable[int]) -> list[_Task]:
         return [self._tasks[task_id] for task_id in task_ids if task_id in self._tasks]
 
-    def _open_blocks(self) -> BlockManager:
+    def _open_blocks(self) -> Blocks:
         assert self.blocks is not None, "no device was registered"
         return self.blocks
 

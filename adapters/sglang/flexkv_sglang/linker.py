@@ -7,9 +7,7 @@ SGLang's own driver names a store's pages by hashes of a request's tail. FlexKV 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,14 +20,13 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import (
 
 from flexkv_core.config import load_config
 from flexkv_core.weights import weights_identity
-from flexkv_kernels import copier_over
 from flexkv_sglang.compat import hooks
 from flexkv_sglang.compat.engine import engine_of
-from flexkv_sglang.compat.request import is_cacheable, view_of
-from flexkv_sglang.events import EventLog
-from flexkv_sglang.layout import check_supported, device_segments
+from flexkv_sglang.compat.request import is_cacheable
+from flexkv_sglang.driver import Driver, open_side
+from flexkv_sglang.layout import check_supported
 from flexkv_sglang.scheduler_side import Held, SchedulerSide
-from flexkv_sglang.shares import config_of_rank, model_config
+from flexkv_sglang.shares import config_of_rank
 from flexkv_sglang.stats import PromMetrics
 
 if TYPE_CHECKING:
@@ -44,7 +41,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-hooks.install()
+hooks.install_for_linker()
 
 
 class FlexKVLinker(UnifiedCacheLinker):
@@ -64,8 +61,9 @@ class FlexKVLinker(UnifiedCacheLinker):
         extra_config: dict[str, object] | None = None,
         forward_stream: Any = None,
     ) -> None:
-        self._engine = engine_of(server_args, params, components)
-        config = config_of_rank(load_config(extra_config), self._engine)
+        self._engine = engine_of(server_args, params, [component.name for component in components])
+        path = getattr(server_args, "flexkv_config_file", None)
+        config = config_of_rank(load_config(extra_config, path), self._engine)
         check_supported(self._engine, config)
         self.forward_stream = forward_stream
         self.pools: dict[Any, object] = {}  # SGLang need not know how FlexKV reads them
@@ -76,32 +74,13 @@ class FlexKVLinker(UnifiedCacheLinker):
         self._config = config
         self.side: SchedulerSide | None = None
         self.metrics: PromMetrics | None = None
-        self._enable_metrics = params.enable_metrics
-        # One rank publishes for all of them.
-        self._enable_events = params.enable_kv_cache_events and config.events and not self._engine.tp_rank
+        self._params = params
 
     def attach(self, wrapper: FlexKVLinkerWrapper) -> SchedulerSide:
         """Take the host tier, now that the ranks can be asked."""
-        engine, config = self._engine, self._config
-        pool_device = torch.device(engine.pool.device)
-        copier = copier_over(device_segments(engine), pool_device, engine.pool)
-        model = model_config(engine, config)
-        self.side = SchedulerSide(
-            model,
-            config,
-            copier,
-            wrapper.agree,
-            is_alone=engine.tp_size == 1,
-            events=EventLog(model.layout.tokens_per_block) if self._enable_events else None,
-            behind_forward=partial(_on_stream, pool_device, self.forward_stream),
+        self.side, self.metrics = open_side(
+            self._engine, self._config, self._params, wrapper.agree, self.forward_stream
         )
-        if self._enable_metrics:
-            labels = {
-                "model_name": engine.server_args.model_path,
-                "tp_rank": str(engine.tp_rank),
-                "dp_rank": str(engine.dp_rank),
-            }
-            self.metrics = PromMetrics(self.side.manager, labels)
         return self.side
 
     def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
@@ -139,14 +118,7 @@ class FlexKVLinker(UnifiedCacheLinker):
             self.side.close()
 
 
-def _on_stream(device: torch.device, stream: Any) -> AbstractContextManager[object]:
-    """Makes ``stream``, on which the engine runs its forward, the current one; a CPU has none."""
-    if stream is None or device.type == "cpu":
-        return nullcontext()
-    return torch.get_device_module(device).stream(stream)
-
-
-class FlexKVLinkerWrapper(UnifiedCacheLinkerWrapper):
+class FlexKVLinkerWrapper(Driver, UnifiedCacheLinkerWrapper):
     """SGLang's driver of a linker, with FlexKV's ways to match and to store. All methods run on the scheduler's thread."""
 
     def __init__(self, cache: UnifiedRadixCache, linker: FlexKVLinker) -> None:
@@ -154,20 +126,19 @@ class FlexKVLinkerWrapper(UnifiedCacheLinkerWrapper):
         # SGLang need not hash its nodes, nor choose what to offload.
         cache.tree_core.enable_external_cache_linker = False
         self._linker = linker
+        self._lora_weights = linker.lora_weights
         self._side = linker.attach(self)
 
-    def agree(self, value: int) -> int:
-        """The smallest of all ranks' values."""
-        shared = torch.tensor([value], dtype=torch.int64)
-        self.cache._all_reduce_attn_groups(shared, torch.distributed.ReduceOp.MIN)
-        return int(shared.item())
+    def smallest(self, values: torch.Tensor) -> None:
+        """See :class:`Driver`."""
+        self.cache._all_reduce_attn_groups(values, torch.distributed.ReduceOp.MIN)
 
     def match(self, key: RadixKey, req: Req, result: MatchResult) -> MatchResult:
         self.hit_markers.pop(req.rid, None)
         device_tokens = result.device_prefix_len
         if device_tokens >= len(key) or not is_cacheable(req):
             return result
-        gain = self._side.matched_tokens(view_of(req, self._linker.lora_weights), len(key), device_tokens)
+        gain = self._side.matched_tokens(self.view(req), len(key), device_tokens)
         if not gain:
             return result
         pages = gain // self.cache.page_size
@@ -192,20 +163,6 @@ class FlexKVLinkerWrapper(UnifiedCacheLinkerWrapper):
 
     # Called by flexkv_sglang/hooks.py
 
-    def queued(self, req: Req) -> None:
-        """The request waits for its first prefill."""
-        if is_cacheable(req):
-            self._side.queued(view_of(req, self._linker.lora_weights))
-
-    def held(self, queue: Sequence[Req]) -> set[str]:
-        """Requests of the queue that should stay there, because blocks are on their way from the SSD; the same on every rank."""
-        if not self._side.reads_ahead or not queue:
-            return set()
-        rids = [req.rid for req in queue]
-        is_ready = torch.tensor([not waits for waits in self._side.waiting(rids)], dtype=torch.int64)
-        self.cache._all_reduce_attn_groups(is_ready, torch.distributed.ReduceOp.MIN)
-        return {rid for rid, ready in zip(rids, is_ready.tolist(), strict=True) if not ready}
-
     def checkpointed(self, req: Req) -> None:
         """The tree holds what the request has computed: store it, under a lock of its own."""
         if not is_cacheable(req):
@@ -218,8 +175,7 @@ class FlexKVLinkerWrapper(UnifiedCacheLinkerWrapper):
             return Held(slots, lambda: cache.unlock(lock))
 
         tokens = min(req.kv.cache_protected_len, len(req.full_untruncated_fill_ids))
-        view = view_of(req, self._linker.lora_weights)
-        self._side.store(view, tokens, len(req.origin_input_ids), hold)
+        self._side.store(self.view(req), tokens, len(req.origin_input_ids), hold)
 
     def released(self, req: Req) -> None:
         """The request has given up its slots: it has ended, or was retracted."""
@@ -228,11 +184,3 @@ class FlexKVLinkerWrapper(UnifiedCacheLinkerWrapper):
     def take_events(self) -> list[KVCacheEvent]:
         """KV events of FlexKV's tiers."""
         return self._side.take_events()
-
-    def weights_change(self) -> None:
-        """The engine is about to take other weights."""
-        self._side.weights_change()
-
-    def make_room(self) -> bool:
-        """An eviction found too little: wait for the stores and unlock what they hold; whether that gave anything."""
-        return self._side.finish_stores()

@@ -16,9 +16,8 @@ def check_before_weights(server_args: Any) -> None:
         ConfigError: with the reason and what to change.
     """
     linker = getattr(server_args, "unified_cache_external_linker_config", None) or {}
-    if server_args.radix_cache_backend == BACKEND:
-        check_engine(server_args, load_config())
-    elif getattr(server_args, "enable_flexkv", False):
-        check_engine(server_args, load_config(path=server_args.flexkv_config_file))
+    path = getattr(server_args, "flexkv_config_file", None)
+    if server_args.radix_cache_backend == BACKEND or getattr(server_args, "enable_flexkv", False):
+        check_engine(server_args, load_config(path=path))
     elif str(linker.get("linker_module_path", "")).startswith("flexkv_sglang."):
-        check_engine(server_args, load_config(linker.get("linker_extra_config")))
+        check_engine(server_args, load_config(linker.get("linker_extra_config"), path))

@@ -232,6 +232,10 @@ class SchedulerSide:
             assert stop <= len(held.slots), (stop, len(held.slots))
             self._launch(task_id, self._pages(held.slots[first:stop]))
 
+    def left_queue(self, request_id: str) -> None:
+        """The request waits no more: nothing is read ahead for it."""
+        self._stop_reading(request_id)
+
     def forget(self, request_id: str) -> None:
         """The request has ended or gives up its place; what is being stored of it goes on."""
         self._requests.pop(request_id, None)

@@ -62,8 +62,12 @@ class SglangClient(VllmClient):
         cache_salt: str | None = None,
         ignore_eos: bool = False,
         request_id: str | None = None,
+        extra_key: str | None = None,
     ) -> Completion:
-        """A greedy completion of token ids, streamed. Raises httpx.HTTPStatusError when the server refuses it."""
+        """A greedy completion of token ids, streamed. Raises httpx.HTTPStatusError when the server refuses it.
+
+        SGLang before 0.5.18 knows no ``cache_salt`` here; its ``extra_key`` separates as well.
+        """
         body: dict[str, Any] = {
             "input_ids": list(prompt),
             "sampling_params": {"temperature": 0, "max_new_tokens": tokens_max, "ignore_eos": ignore_eos},
@@ -72,6 +76,8 @@ class SglangClient(VllmClient):
         }
         if cache_salt is not None:
             body["cache_salt"] = cache_salt
+        if extra_key is not None:
+            body["extra_key"] = extra_key
         if request_id is not None:
             body["rid"] = request_id
         return self._generate(body)

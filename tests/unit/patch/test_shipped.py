@@ -47,6 +47,8 @@ def test_every_version_of_the_range_has_patches() -> None:
     assert series.versions(FOLDER, "vllm")[0] == "0.11.1"
     assert series.versions(FOLDER, "vllm")[-1] == "0.17.1"
     assert series.engines(FOLDER)["vllm"] == "0.18.0"
+    assert series.versions(FOLDER, "sglang") == ["0.5.13", "0.5.13.post1", "0.5.14", "0.5.15", "0.5.15.post1"]
+    assert series.engines(FOLDER)["sglang"] == "0.5.16"
 
 
 def test_installed_engine_needs_none() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import sglang
@@ -30,8 +31,8 @@ class Engine:
     lora_paths: tuple[tuple[str, str], ...]
 
 
-def engine_of(server_args: ServerArgs, params: CacheInitParams, components: Collection[Any]) -> Engine:
-    """Read from what SGLang hands to a cache when it makes it."""
+def engine_of(server_args: ServerArgs, params: CacheInitParams, components: Collection[str]) -> Engine:
+    """Read from what SGLang hands to a cache when it makes it; ``components`` are the parts of the model's KV, see :class:`Engine`."""
     group = params.attn_tp_cache_group or params.tp_cache_group
     is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     loras = [ref for ref in getattr(server_args, "lora_paths", None) or () if hasattr(ref, "lora_id")]
@@ -46,7 +47,7 @@ def engine_of(server_args: ServerArgs, params: CacheInitParams, components: Coll
             or getattr(params, "mtp_draft_device_pools", ())
             or getattr(params, "sidecar_draft_device_pools", ())
         ),
-        components=tuple(sorted(component.name for component in components)),
+        components=tuple(sorted(components)),
         pool=params.token_to_kv_pool_allocator.get_kvcache(),
         lora_paths=tuple((ref.lora_id, ref.lora_path) for ref in loras),
     )
@@ -59,13 +60,21 @@ def engine_version() -> str:
 
 def _dp_rank() -> int:
     """Which of several engines side by side this is; 0 for a single one."""
-    from sglang.srt.runtime_context import get_parallel
-
-    for name in ("attn_dp_rank", "dp_rank"):
+    for rank_of in _dp_ranks():
         try:
-            rank = getattr(get_parallel(), name)
-        except (AttributeError, RuntimeError, ValueError):  # not set in this process
+            rank = rank_of()
+        except (AssertionError, AttributeError, RuntimeError, ValueError):  # not set in this process
             continue
         if rank:
             return int(rank)
     return 0
+
+
+def _dp_ranks() -> tuple[Callable[[], int | None], ...]:
+    try:
+        from sglang.srt.runtime_context import get_parallel
+    except ImportError:  # before 0.5.14
+        from sglang.srt.layers.dp_attention import get_attention_dp_rank
+
+        return (get_attention_dp_rank,)
+    return tuple(partial(getattr, get_parallel(), name) for name in ("attn_dp_rank", "dp_rank"))

@@ -1,6 +1,6 @@
-"""The places in SGLang 0.5.23 where FlexKV listens, beside the linker's own interface. Put in when the linker is chosen, never before.
+"""The places in SGLang where FlexKV listens, beside the interface that it has there. Put in when FlexKV is chosen, never before.
 
-A linker hears of pages that SGLang wants to keep and to find by hash. What it does not hear of, and what each hook is for:
+With SGLang 0.5.23 that interface is the linker. A linker hears of pages that SGLang wants to keep and to find by hash. What it does not hear of, and what each hook is for:
 
 - who drives it (the name ``UnifiedCacheLinkerWrapper`` in the tree's module, which SGLang looks up after it has imported a linker; a hook on
   ``init_cache_linker`` comes too late for the linker's own flags): SGLang's driver knows tails of prompts, FlexKV needs requests;
@@ -10,6 +10,8 @@ A linker hears of pages that SGLang wants to keep and to find by hash. What it d
 - requests that wait (``_add_request_to_queue``, ``_get_new_batch_prefill_raw``): their blocks are read from the SSD meanwhile;
 - each round of the scheduler (``_process_hicache_events``): behind ``--radix-cache-backend`` SGLang does not drive a linker by itself;
 - new weights (``_observe_weight_load``): what was cached under the old ones must not be found.
+
+Before 0.5.23 it is a radix cache of FlexKV's own, which needs those of the scheduler and of new weights only.
 
 Upstream has no interface for these that we know of; each goes when a version offers one.
 """
@@ -22,6 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+from flexkv_sglang.driver import Driver
+
 if TYPE_CHECKING:
     from flexkv_sglang.linker import FlexKVLinkerWrapper
 
@@ -30,30 +34,52 @@ _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _WEIGHTS = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 
 
-def install() -> None:
-    """Put the hooks in; a second call does nothing."""
-    if hasattr(install, "done"):
-        return
-    install.done = True  # type: ignore[attr-defined]
-    for target, hook, kind in (
+_Hook = tuple[str, Callable[..., Any], HookType]
+
+
+def install_for_linker() -> None:
+    """Put in all that a linker needs; a second call does nothing."""
+    if _install(
         (f"{_TREE}.checkpoint", _checkpoint, HookType.AFTER),
         (f"{_TREE}.on_release", _on_release, HookType.AFTER),
         (f"{_TREE}._evict", _evict, HookType.AROUND),
         (f"{_TREE}.take_events", _take_events, HookType.AFTER),
+        (f"{_SCHEDULER}._process_hicache_events", _process_hicache_events, HookType.BEFORE),
+    ):
+        _drive_own_linkers()
+
+
+def install_for_radix_cache() -> None:
+    """Put in all that a radix cache needs; a second call does nothing."""
+    _install()
+
+
+def _install(*hooks: _Hook) -> bool:
+    """Put in ``hooks`` and those of the scheduler, the first time; whether this was the first."""
+    if hasattr(_install, "done"):
+        return False
+    _install.done = True  # type: ignore[attr-defined]
+    for target, hook, kind in (
+        *hooks,
         (f"{_SCHEDULER}._add_request_to_queue", _add_request_to_queue, HookType.AFTER),
         (f"{_SCHEDULER}._get_new_batch_prefill_raw", _get_new_batch_prefill_raw, HookType.AROUND),
-        (f"{_SCHEDULER}._process_hicache_events", _process_hicache_events, HookType.BEFORE),
         (f"{_WEIGHTS}._observe_weight_load", _observe_weight_load, HookType.BEFORE),
     ):
         HookRegistry.register(target, hook, kind)
     HookRegistry.apply_hooks()
-    _drive_own_linkers()
+    return True
 
 
-def _driver(tree: Any) -> FlexKVLinkerWrapper | None:
-    """FlexKV's driver in ``tree``, if it has one."""
+def _driver(tree: Any) -> Driver | None:
+    """FlexKV's driver: what drives the linker in ``tree``, or ``tree`` itself; None where there is none."""
     linker = getattr(tree, "linker", None)
-    return linker if hasattr(linker, "checkpointed") else None
+    return next((candidate for candidate in (linker, tree) if isinstance(candidate, Driver)), None)
+
+
+def _wrapper(tree: Any) -> FlexKVLinkerWrapper | None:
+    """What drives FlexKV's linker in ``tree``, if it has one."""
+    linker = getattr(tree, "linker", None)
+    return linker if isinstance(linker, Driver) else None  # type: ignore[return-value]
 
 
 def _drive_own_linkers() -> None:
@@ -70,20 +96,20 @@ def _drive_own_linkers() -> None:
 
 
 def _checkpoint(result: None, tree: Any, req: Any, **options: Any) -> None:
-    driver = _driver(tree)
+    driver = _wrapper(tree)
     if driver is not None:
         driver.checkpointed(req)
 
 
 def _on_release(result: None, tree: Any, req: Any, **options: Any) -> None:
-    driver = _driver(tree)
+    driver = _wrapper(tree)
     if driver is not None:
         driver.released(req)
 
 
 def _evict(original: Callable[..., Any], tree: Any, params: Any, *arguments: Any, **options: Any) -> Any:
     result = original(tree, params, *arguments, **options)
-    driver = _driver(tree)
+    driver = _wrapper(tree)
     missing = params.num_tokens - result.num_tokens_evicted
     if driver is None or missing <= 0 or not driver.make_room():
         return result
@@ -92,7 +118,7 @@ def _evict(original: Callable[..., Any], tree: Any, params: Any, *arguments: Any
 
 
 def _take_events(taken: list[Any], tree: Any) -> list[Any]:
-    driver = _driver(tree)
+    driver = _wrapper(tree)
     return taken if driver is None else [*taken, *driver.take_events()]
 
 
@@ -107,7 +133,10 @@ def _get_new_batch_prefill_raw(
 ) -> Any:
     """Schedule without the requests whose blocks are on their way; they keep their places in the queue."""
     driver = _driver(scheduler.tree_cache)
-    held = driver.held(scheduler.waiting_queue) if driver is not None else set()
+    held: set[str] = set()
+    if driver is not None:
+        driver.round_begins()
+        held = driver.held(scheduler.waiting_queue)
     if not held:
         return original(scheduler, *arguments, **options)
     queue = list(scheduler.waiting_queue)
@@ -122,7 +151,7 @@ def _get_new_batch_prefill_raw(
 
 
 def _process_hicache_events(scheduler: Any, *arguments: Any, **options: Any) -> None:
-    if _driver(scheduler.tree_cache) is not None:
+    if _wrapper(scheduler.tree_cache) is not None:
         scheduler.enable_unified_cache_external_linker = True
 
 

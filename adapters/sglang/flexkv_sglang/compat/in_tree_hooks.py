@@ -15,6 +15,8 @@ from flexkv_core.keys import namespace_root
 
 _CACHE = "sglang.srt.mem_cache.storage.flexkv.flexkv_radix_cache.FlexKVRadixCache"
 _WEIGHTS = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+_STORES_IN = ("checkpoint", "insert_req", "cache_finished_req")
+"""Where SGLang's class stores a request: since 0.5.22, in 0.5.21, and before."""
 _namespace: ContextVar[tuple[str, ...] | None] = ContextVar("flexkv_namespace", default=None)
 _is_paused: ContextVar[bool] = ContextVar("flexkv_is_paused", default=False)
 
@@ -26,6 +28,7 @@ def current_namespace() -> tuple[str, ...] | None:
 
 def install(managers: Callable[[], Iterable[Any]]) -> None:
     """Put the hooks in; a second call does nothing. ``managers`` gives those whose roots change with the weights."""
+    from sglang.srt.mem_cache.radix_cache import RadixCache
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     if hasattr(install, "done"):
@@ -38,9 +41,10 @@ def install(managers: Callable[[], Iterable[Any]]) -> None:
                 manager.root = namespace_root(manager.root, ("weights", uuid4().hex))
             _is_paused.set(False)
 
+    stores_in = next(name for name in _STORES_IN if hasattr(RadixCache, name))
     for target, hook, kind in (
         (f"{_CACHE}.match_prefix", _match_prefix, HookType.AROUND),
-        (f"{_CACHE}.checkpoint", _checkpoint, HookType.AROUND),
+        (f"{_CACHE}.{stores_in}", _store, HookType.AROUND),
         (f"{_CACHE}.reset", reset, HookType.AFTER),
         (f"{_WEIGHTS}._observe_weight_load", _observe_weight_load, HookType.BEFORE),
     ):
@@ -50,18 +54,20 @@ def install(managers: Callable[[], Iterable[Any]]) -> None:
 
 def _match_prefix(original: Callable[..., Any], cache: Any, params: Any) -> Any:
     key = params.key
-    return _within(_parts(key.extra_key, key.cache_salt), lambda: original(cache, params))
+    return _within(_parts(key), lambda: original(cache, params))
 
 
-def _checkpoint(original: Callable[..., Any], cache: Any, req: Any, **options: Any) -> Any:
-    return _within(_parts(req.extra_key, req.cache_salt), lambda: original(cache, req, **options))
+def _store(original: Callable[..., Any], cache: Any, req: Any, *arguments: Any, **options: Any) -> Any:
+    return _within(_parts(req), lambda: original(cache, req, *arguments, **options))
 
 
 def _observe_weight_load(updater: Any, source: str) -> None:
     _is_paused.set(True)
 
 
-def _parts(extra_key: str | None, salt: str | None) -> tuple[str, ...]:
+def _parts(named: Any) -> tuple[str, ...]:
+    """What a request or its key in the tree says; older versions put the salt into ``extra_key``."""
+    extra_key, salt = named.extra_key, getattr(named, "cache_salt", None)
     return (*(("extra", extra_key) if extra_key else ()), *(("salt", salt) if salt else ()))
 
 
