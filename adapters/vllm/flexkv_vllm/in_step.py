@@ -4,7 +4,8 @@ vLLM calls them synchronous. What makes them right:
 
 - A block that fails is told before the step's results are used: the workers wait for every such load's end, its checksums included, before
   they report, and vLLM then discards what the request computed, and computes it again from the first block that is missing.
-- That holds where one step is under way at a time: not with asynchronous scheduling, nor with pipeline stages.
+- That holds where one step is under way at a time: not with asynchronous scheduling, nor with pipeline stages. Nor with speculative
+  decoding, where a drafter has guessed what follows a token that is then taken back.
 - vLLM enters the blocks of such a request in its prefix cache when it takes them. After a failure, others could find them there and read
   them before they are computed again. So the request must be the only one that can be scheduled in this step for the first time, and
   after a failure its blocks leave the prefix cache.
@@ -41,11 +42,16 @@ class InStepPolicy:
 
     def __init__(self, vllm_config: VllmConfig, config: FlexKVConfig) -> None:
         parallel, scheduling = vllm_config.parallel_config, vllm_config.scheduler_config
-        self._is_safe = parallel.pipeline_parallel_size == 1 and not scheduling.async_scheduling
+        self._is_safe = (
+            parallel.pipeline_parallel_size == 1
+            and not scheduling.async_scheduling
+            and vllm_config.speculative_config is None
+        )
         self._bytes_max = int(config.layerwise_bytes_max)
         if self._bytes_max and not self._is_safe:
             logger.warning(
-                "layerwise_bytes_max has no effect: steps overlap with asynchronous scheduling and with pipeline stages"
+                "layerwise_bytes_max has no effect with asynchronous scheduling, pipeline stages or speculative decoding: a step that"
+                " is taken back must be the last"
             )
         self._cache: KVCacheManager | None = None
         self._requests: set[str] = set()

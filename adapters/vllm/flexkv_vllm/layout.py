@@ -19,6 +19,7 @@ from flexkv_core.verify import TOLERANCES
 from flexkv_core.weights import weights_identity
 from flexkv_kernels.segments import pieces_of
 from flexkv_vllm.compat.hybrid import takes_groups
+from flexkv_vllm.drafts import check_drafter, drafter_identity
 from flexkv_vllm.groups import Groups
 from flexkv_vllm.ranks import Ranks
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
-_DRAFTS_WITHOUT_KV = ("ngram", "suffix")
 SUPPORTED_SPECS = (FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec)
 
 
@@ -50,12 +50,7 @@ def check_engine(vllm_config: VllmConfig, config: FlexKVConfig) -> None:
             " ended and not for every block, so that a prefix of blocks is no place to go on from; that is not supported yet. Start"
             " vLLM without FlexKV for this model"
         )
-    speculative = vllm_config.speculative_config
-    if speculative is not None and speculative.method not in _DRAFTS_WITHOUT_KV:
-        raise ConfigError(
-            f"FlexKV: speculative decoding with method {speculative.method!r} keeps KV of a draft model, which is not supported yet;"
-            f" allowed: {', '.join(_DRAFTS_WITHOUT_KV)}"
-        )
+    check_drafter(vllm_config, config)
     if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
         raise ConfigError(
             "FlexKV: calculate_kv_scales takes the scales of a quantised KV cache from the first request, so that stored KV is wrong after"
@@ -218,6 +213,9 @@ def identity(
 
     # Only there where a model has several: data of models with one keep their name.
     hybrid = {"groups": [_group_identity(group) for group in groups]} if len(groups) > 1 else {}
+    # The scheduler knows one layer's spec of a group of unlike layers, so what made them unlike.
+    unquantised = sorted(getattr(cache, "kv_cache_dtype_skip_layers", None) or ())
+    mixed = {"kv_dtype_skip_layers": unquantised} if unquantised else {}
     return {
         "engine": "vllm",
         "engine_version": vllm.__version__,
@@ -232,13 +230,19 @@ def identity(
         "kv_layout": getattr(kv_cache_config, "kv_cache_layout", None),
         "stage_layers": list(ranks_of(vllm_config, kv_cache_config).stage_layers),
         "device": vllm_config.device_config.device_type,
-        # On a CPU, K is packed for the instruction set that the kernels chose.
-        "packing": torch.backends.cpu.get_cpu_capability()
-        if vllm_config.device_config.device_type == "cpu"
-        else None,
+        "packing": _cpu_packing() if vllm_config.device_config.device_type == "cpu" else None,
         "tensor_parallel": vllm_config.parallel_config.tensor_parallel_size,
         **hybrid,
+        **mixed,
+        **drafter_identity(vllm_config, config),
     }
+
+
+def _cpu_packing() -> str:
+    """The instruction set for which vLLM's kernels pack K on this CPU. Tiles (AMX), which change it for bfloat16, are no part of torch's
+    word for the capability."""
+    tiles = "+AMX" if torch.cpu._is_amx_tile_supported() else ""
+    return torch.backends.cpu.get_cpu_capability() + tiles
 
 
 def _group_identity(group: KVCacheGroupSpec) -> list[object]:

@@ -17,6 +17,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec, MLAAttentionSpec
 
 from flexkv_core.errors import LayoutError
 from flexkv_core.layout import DeviceSegments
+from flexkv_vllm.drafts import keeps_latent_kv
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,7 +49,9 @@ class Ranks:
             total = vllm_config.model_config.get_total_num_hidden_layers()
             bounds = [get_pp_indices(total, stage, stages) for stage in range(stages)]
             layers = tuple(stop - start for start, stop in bounds)
-        is_replicated = all(isinstance(spec, MLAAttentionSpec) for spec in specs)
+        is_replicated = all(isinstance(spec, MLAAttentionSpec) for spec in specs) and keeps_latent_kv(
+            vllm_config
+        )
         return cls(parallel.tensor_parallel_size, layers, is_replicated)
 
     @property

@@ -28,6 +28,7 @@ from flexkv_core.verify import HitSampler
 from flexkv_vllm.compat.hybrid import block_tables
 from flexkv_vllm.compat.request import is_cacheable, namespace_of, salts_of, token_list
 from flexkv_vllm.compat.settings import data_parallel_index
+from flexkv_vllm.drafts import unsettled_tokens, withheld_blocks
 from flexkv_vllm.events import EventLog, publishes_events
 from flexkv_vllm.groups import Groups, Tables, of_engine, of_lists
 from flexkv_vllm.in_step import InStepPolicy
@@ -96,6 +97,8 @@ class SchedulerSide:
         self._may_load, self._may_store = transfer.is_kv_consumer, transfer.is_kv_producer
         layout = slot_layout(vllm_config, kv_cache_config, config)
         self._block_tokens = layout.tokens_per_block
+        self._unsettled_tokens = unsettled_tokens(vllm_config)
+        self._withheld_blocks = withheld_blocks(vllm_config)
         self._groups = Groups.of(kv_cache_config, config.tokens_per_block)
         self._kv_cache_manager: KVCacheManager | None = None
         self._losable: dict[int, frozenset[int]] = {}  # store or check -> blocks that its request may lose
@@ -169,7 +172,7 @@ class SchedulerSide:
         if self._is_on_its_way(request.request_id):
             return None, False
         state.local_tokens = local_tokens
-        state.hit_blocks = self.manager.match_keys(self._prompt_keys(state))
+        state.hit_blocks = max(0, self.manager.match_keys(self._prompt_keys(state)) - self._withheld_blocks)
         gain = state.hit_blocks * self._block_tokens - local_tokens
         if gain < max(1, self._config.load_tokens_min):
             state.hit_blocks = 0
@@ -377,7 +380,7 @@ class SchedulerSide:
         if not self._may_store:
             return
         known = request.num_tokens if self._config.store_decode else request.num_prompt_tokens
-        full = min(computed_tokens, known) // self._block_tokens
+        full = max(0, min(computed_tokens, known) - self._unsettled_tokens) // self._block_tokens
         generating = computed_tokens > request.num_prompt_tokens
         batch = min(DECODE_STORE_BLOCKS, self._groups.store_batch_max or DECODE_STORE_BLOCKS)
         if full - state.planned_blocks < (batch if generating and not finished else 1):

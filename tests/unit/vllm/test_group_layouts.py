@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,7 +35,7 @@ from flexkv_core.transfer.plan import TransferOp
 from flexkv_core.types import KEY_BYTES, Direction
 from flexkv_kernels import CpuCopier
 from flexkv_vllm.groups import Groups, of_lists
-from flexkv_vllm.layout import check_supported, device_segments, slot_layout
+from flexkv_vllm.layout import check_supported, device_segments, identity, slot_layout
 from flexkv_vllm.ranks import fill_shard
 
 SHAPE: dict[str, Any] = {"num_kv_heads": 2, "head_size": 64, "dtype": torch.float32}
@@ -69,6 +70,7 @@ def vllm_config(**fields: Any) -> Any:
         "dtype": torch.float32,
         "is_hybrid": False,
         "is_attention_free": False,
+        "hf_config": SimpleNamespace(model_type="toy"),
         "get_total_num_hidden_layers": lambda: 4,
     }
     parallel = {"pipeline_parallel_size": 1, "tensor_parallel_size": 1}
@@ -183,7 +185,6 @@ def test_layers_that_are_not_understood_are_refused(spec: KVCacheSpec) -> None:
         ({"cache_config": {"calculate_kv_scales": True}}, "calculate_kv_scales"),
         ({"parallel_config": {"decode_context_parallel_size": 2}}, "decode_context_parallel_size = 2"),
         ({"parallel_config": {"pipeline_parallel_size": 2}}, "--disable-hybrid-kv-cache-manager"),
-        ({"speculative_config": {"method": "eagle"}}, "method 'eagle' keeps KV of a draft model"),
     ],
 )
 def test_what_cannot_be_served_is_refused(fields: dict[str, Any], words: str) -> None:
@@ -209,3 +210,36 @@ def test_groups_that_are_not_filled_cannot_be_verified() -> None:
     check_supported(config, laid_out(config, MODELS["equal groups"], KVCacheLayout.LBHNC)[0], settings)
     with pytest.raises(ConfigError, match="verify_sample"):
         check_supported(config, laid_out(config, MODELS["padded group"], KVCacheLayout.LBHNC)[0], settings)
+
+
+def test_dtype_and_scales_of_a_quantised_cache_are_part_of_the_identity(tmp_path: Path) -> None:
+    """Scales lie among the weights: bytes that were divided by other ones are never found."""
+    weights = tmp_path / "model.safetensors"
+
+    def named(content: bytes, **cache: Any) -> dict[str, object]:
+        weights.write_bytes(content)
+        config = vllm_config(model_config={"model": str(tmp_path)}, cache_config=cache)
+        dtype = torch.float32 if cache["cache_dtype"] == "auto" else torch.uint8
+        found, _ = laid_out(config, {"f0": full(dtype=dtype), "f1": full(dtype=dtype)}, KVCacheLayout.LBHNC)
+        return identity(config, found, FlexKVConfig())
+
+    names = [
+        named(b"scales", cache_dtype="auto"),
+        named(b"scales", cache_dtype="fp8_e4m3"),
+        named(b"scales", cache_dtype="fp8_e5m2"),
+        named(b"scales", cache_dtype="fp8_e4m3", kv_cache_dtype_skip_layers=["0"]),
+        named(b"scales", cache_dtype="fp8_e4m3", kv_cache_dtype_skip_layers=["1"]),
+        named(b"other scales", cache_dtype="fp8_e4m3"),
+    ]
+    assert all(one != other for i, one in enumerate(names) for other in names[:i])
+
+
+def test_packing_of_the_cpu_is_part_of_the_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Machines with and without tiles pack K differently, and may share a store."""
+    config = vllm_config()
+    found, _ = laid_out(config, MODELS["equal groups"], KVCacheLayout.LBHNC)
+    seen = []
+    for has_tiles in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has_tiles=has_tiles: has_tiles)
+        seen.append(identity(config, found, FlexKVConfig())["packing"])
+    assert seen[0] == torch.backends.cpu.get_cpu_capability() != seen[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -29,12 +30,16 @@ class Cache:
         self.evicted.append(blocks)
 
 
-def policy(stages: int = 1, is_asynchronous: bool = False, bytes_max: int = 1000) -> InStepPolicy:
-    config = SimpleNamespace(
+def config_of(stages: int = 1, is_asynchronous: bool = False, guesses: object = None) -> Any:
+    return SimpleNamespace(
         parallel_config=SimpleNamespace(pipeline_parallel_size=stages),
         scheduler_config=SimpleNamespace(async_scheduling=is_asynchronous),
+        speculative_config=guesses,
     )
-    made = InStepPolicy(config, FlexKVConfig(layerwise_bytes_max=bytes_max))
+
+
+def policy(bytes_max: int = 1000, **engine: Any) -> InStepPolicy:
+    made = InStepPolicy(config_of(**engine), FlexKVConfig(layerwise_bytes_max=bytes_max))
     made.bind(Cache())
     made.arrived("a")
     return made
@@ -54,16 +59,13 @@ def test_not_with_others_nor_where_steps_overlap() -> None:
     assert alone.allows("a", 10)
     assert not policy(stages=2).allows("a", 10)
     assert not policy(is_asynchronous=True).allows("a", 10)
+    assert not policy(guesses=SimpleNamespace(method="ngram")).allows("a", 10)
 
 
 def test_not_where_the_version_tells_too_little() -> None:
     silent = policy()
     assert not silent.allows("never announced", 10)
-    config = SimpleNamespace(
-        parallel_config=SimpleNamespace(pipeline_parallel_size=1),
-        scheduler_config=SimpleNamespace(async_scheduling=False),
-    )
-    unbound = InStepPolicy(config, FlexKVConfig(layerwise_bytes_max=1000))
+    unbound = InStepPolicy(config_of(), FlexKVConfig(layerwise_bytes_max=1000))
     unbound.arrived("a")
     assert not unbound.allows("a", 10)
 

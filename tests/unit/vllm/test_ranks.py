@@ -29,6 +29,7 @@ def ranks_of(tensor: int, pipeline: int, layers: int, spec: object = SPEC) -> Ra
     config = SimpleNamespace(
         parallel_config=SimpleNamespace(tensor_parallel_size=tensor, pipeline_parallel_size=pipeline),
         model_config=SimpleNamespace(get_total_num_hidden_layers=lambda: layers),
+        speculative_config=None,
     )
     return Ranks.of(config, [spec] * (layers // pipeline))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import pickle
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,9 +31,10 @@ TIMEOUT_S = 30
 
 
 class PlayedEngine:
-    """``ranks`` ranks of tensor parallelism; ``tensors`` are a rank's layers."""
+    """``ranks`` ranks of tensor parallelism; ``tensors`` are a rank's layers. ``engine`` changes parts of vLLM's configuration."""
 
-    def __init__(self, ranks: int, **settings: object) -> None:
+    def __init__(self, ranks: int, engine: Mapping[str, Any] | None = None, **settings: object) -> None:
+        vllm_config = SimpleNamespace(**{**vars(_vllm_config(ranks)), **(engine or {})})
         spec = FullAttentionSpec(block_size=BLOCK_TOKENS, num_kv_heads=1, head_size=8, dtype=torch.float32)
         page = spec.page_size_bytes
         memory = KVCacheTensor(
@@ -41,13 +42,13 @@ class PlayedEngine:
         )
         cache = KVCacheConfig(BLOCKS, [memory], [KVCacheGroupSpec(LAYERS, spec)])
         config = FlexKVConfig(host_bytes="64MiB", transfer_timeout_s=TIMEOUT_S, **settings)  # type: ignore[arg-type]
-        self.scheduler = SchedulerSide(_vllm_config(ranks), cache, config)
+        self.scheduler = SchedulerSide(vllm_config, cache, config)
         self.evicted: set[int] = set()
         self.scheduler.bind(SimpleNamespace(evict_blocks=self.evicted.update))
         self.tensors = [[torch.zeros(BLOCKS, 1, BLOCK_TOKENS, 16) for _ in LAYERS] for _ in range(ranks)]
         self.workers = []
         for rank, tensors in enumerate(self.tensors):
-            worker = WorkerSide(_vllm_config(ranks), cache, config)
+            worker = WorkerSide(vllm_config, cache, config)
             worker.register(dict(zip(LAYERS, tensors, strict=True)), 0, rank)
             self.workers.append(worker)
 
