@@ -68,20 +68,19 @@ def demo_model() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(demo_model: Path) -> Callable[[str], Path]:
-    """Makes the tiny model of a kind, in a process of its own so that its random numbers are the same every time."""
+    """Where the tiny model of a kind lies. Those that are missing are made in a process of its own, so that their random numbers are the
+    same every time."""
+    from tests.e2e.tiny_models import tiny_model_directory
+
+    folder = cache_dir() / "models"
 
     def make(kind: str) -> Path:
-        command = [
-            sys.executable,
-            "-m",
-            "tests.e2e.tiny_models",
-            kind,
-            str(demo_model),
-            str(cache_dir() / "models"),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-2000:]
-        return Path(done.stdout.splitlines()[-1])
+        directory = tiny_model_directory(kind, folder)
+        if not directory.is_dir():
+            command = [sys.executable, "-m", "tests.e2e.tiny_models", "all", str(demo_model), str(folder)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, done.stderr[-2000:]
+        return directory
 
     return make
 

@@ -1,8 +1,9 @@
 """Tiny random models with the demo's tokenizer, made on the spot: what a layout needs, at a size that starts in seconds.
 
-``python -m tests.e2e.tiny_models KIND TOKENIZER_DIR CACHE_DIR`` prints the checkpoint's directory as its last line. The weights are
-drawn at the scale of a trained model (unit-variance activations, logits several units apart): a fresh initialisation of
-transformers gives near-uniform log-probabilities, with which every test of equality passes for nothing.
+``python -m tests.e2e.tiny_models KIND TOKENIZER_DIR CACHE_DIR`` prints the checkpoint's directory as its last line; ``all`` makes
+every kind that is missing. The weights are drawn at the scale of a trained model (unit-variance activations, logits several units
+apart): a fresh initialisation of transformers gives near-uniform log-probabilities, with which every test of equality passes for
+nothing.
 """
 
 from __future__ import annotations
@@ -18,14 +19,20 @@ import torch
 from transformers import (
     DeepseekV2Config,
     DeepseekV2ForCausalLM,
+    Ernie4_5_MoeConfig,
+    Ernie4_5_MoeForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
 )
+
+from tests.e2e.tiny_checkpoints import REWRITE
 
 FORMAT = 2
 _VOCABULARY = 49152
@@ -100,6 +107,29 @@ def _hybrid() -> PreTrainedModel:
     )
 
 
+def _sinks() -> PreTrainedModel:
+    """gpt-oss: sliding windows and full attention in turns, attention sinks, experts."""
+    return GptOssForCausalLM(
+        GptOssConfig(
+            vocab_size=_VOCABULARY,
+            hidden_size=256,
+            intermediate_size=256,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=64,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            sliding_window=128,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+            tie_word_embeddings=False,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=2,
+        )
+    )
+
+
 def _window() -> PreTrainedModel:
     """Two layers of sliding window and none of full attention."""
     return MistralForCausalLM(
@@ -120,17 +150,52 @@ def _window() -> PreTrainedModel:
     )
 
 
+def _drafter() -> PreTrainedModel:
+    """One layer as large as one of ``llama``'s: what its drafters are made from."""
+    config = _llama().config
+    config.num_hidden_layers = 1
+    return LlamaForCausalLM(config)
+
+
+def _mtp() -> PreTrainedModel:
+    """ERNIE, without experts: two layers, to which one is added that predicts a token more."""
+    return Ernie4_5_MoeForCausalLM(
+        Ernie4_5_MoeConfig(
+            vocab_size=_VOCABULARY,
+            hidden_size=256,
+            intermediate_size=512,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            moe_layer_start_index=2,
+            max_position_embeddings=8192,
+            tie_word_embeddings=False,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
+
+
 KINDS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": _llama,
     "mla": _mla,
     "hybrid": _hybrid,
     "window": _window,
+    "gpt-oss": _sinks,
+    "eagle": _drafter,
+    "eagle3": _drafter,
+    "mtp": _mtp,
 }
 
 
+def tiny_model_directory(kind: str, cache_dir: Path) -> Path:
+    """Where the tiny model ``kind`` (a key of KINDS) lies, or will lie."""
+    return cache_dir / f"tiny-{kind}-{FORMAT}"
+
+
 def ensure_tiny_model(kind: str, tokenizer: Path, cache_dir: Path) -> Path:
-    """The directory of the tiny model ``kind`` (a key of KINDS) under ``cache_dir``; the first rename wins a race."""
-    target = cache_dir / f"tiny-{kind}-{FORMAT}"
+    """The directory of the tiny model ``kind`` under ``cache_dir``; the first rename wins a race."""
+    target = tiny_model_directory(kind, cache_dir)
     if target.is_dir():
         return target
     cache_dir.mkdir(parents=True, exist_ok=True)
@@ -140,6 +205,8 @@ def ensure_tiny_model(kind: str, tokenizer: Path, cache_dir: Path) -> Path:
         model = KINDS[kind]().to(torch.float32)
         _draw_weights(model)
         model.save_pretrained(str(work))
+        if kind in REWRITE:
+            REWRITE[kind](model, work)
         for name in _TOKENIZER_FILES:
             shutil.copyfile(tokenizer / name, work / name)
         try:
@@ -166,4 +233,5 @@ def _draw_weights(model: PreTrainedModel) -> None:
 
 
 if __name__ == "__main__":
-    print(ensure_tiny_model(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])))
+    for name in KINDS if sys.argv[1] == "all" else sys.argv[1:2]:
+        print(ensure_tiny_model(name, Path(sys.argv[2]), Path(sys.argv[3])))
