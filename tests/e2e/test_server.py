@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -228,6 +229,34 @@ def test_latent_cache_of_two_ranks_is_stored_once(tiny_model: Callable[[str], Pa
         blocks = metrics.total("vllm:flexkv_stored_blocks_total")
         # 16 tokens of 576 float32 numbers in two layers
         assert metrics.total("vllm:flexkv_stored_bytes_total") == blocks * 16 * 576 * 4 * 2
+
+
+@pytest.mark.hit
+def test_data_parallel_engines_have_tiers_of_their_own(llama: Path, tmp_path: Path) -> None:
+    """Two engines behind one address and under one setting: each fills and reads its own host tier, and its own files in ``ssd_dirs``."""
+    cpus = sorted(os.sched_getaffinity(0))
+    (tmp_path / "ssd").mkdir()
+    settings = {"host_bytes": "128MiB", "ssd_dirs": [str(tmp_path / "ssd")], "ssd_bytes": "256MiB"}
+    config = json.dumps({**json.loads(ONE_LINE[1]), "kv_connector_extra_config": settings})
+    arguments = ("--kv-transfer-config", config, "--data-parallel-size", "2")
+    server = _server(llama, tmp_path, *arguments, VLLM_CPU_OMP_THREADS_BIND=f"{cpus[0]}|{cpus[-1]}")
+    prompt = prompt_tokens(1450, 1500)
+    with server:
+        first, second = (VllmClient(server.base_url, data_parallel_rank=rank) for rank in (0, 1))
+        with first, second:
+            cold, device, host = _hits(first, prompt)
+            _assert_equal_hits(cold, device, host)
+            other = second.complete(prompt, 8, logprobs=True)
+            assert (other.cached_tokens, other.token_ids) == (0, cold.token_ids)
+            second.reset_prefix_cache()
+            for client in (first, second):
+                again = client.complete(prompt, 8, logprobs=True)
+                assert (again.token_ids, again.logprobs) == (host.token_ids, host.logprobs)
+                assert again.cached_tokens == host.cached_tokens
+            segments = _segments_of_group(server.pid)
+        assert len(segments) == 2
+        assert len(list((tmp_path / "ssd").glob("flexkv-*/lock"))) == 2
+    _assert_gone(segments)
 
 
 def test_real_model_through_a_stop_and_a_kill(demo_model: Path, tmp_path: Path) -> None:
