@@ -23,7 +23,7 @@ DEVICE_BLOCKS = 110
 """For both groups: enough for any test's requests but those that are to be preempted."""
 OPTIONS = {"max_num_batched_tokens": 256, "num_gpu_blocks_override": DEVICE_BLOCKS}
 PREEMPTED = [prompt_tokens(700 + i, 480 + 20 * i) for i in range(8)]
-PREEMPTED_TOKENS = 100
+PREEMPTED_TOKENS = 180
 
 
 @pytest.fixture(scope="module")

@@ -248,11 +248,9 @@ def test_data_parallel_engines_have_tiers_of_their_own(llama: Path, tmp_path: Pa
             _assert_equal_hits(cold, device, host)
             other = second.complete(prompt, 8, logprobs=True)
             assert (other.cached_tokens, other.token_ids) == (0, cold.token_ids)
-            second.reset_prefix_cache()
-            for client in (first, second):
-                again = client.complete(prompt, 8, logprobs=True)
-                assert (again.token_ids, again.logprobs) == (host.token_ids, host.logprobs)
-                assert again.cached_tokens == host.cached_tokens
+            again = _hit_of_rank(second, prompt)
+            assert (again.token_ids, again.logprobs) == (host.token_ids, host.logprobs)
+            assert again.cached_tokens == host.cached_tokens
             segments = _segments_of_group(server.pid)
         assert len(segments) == 2
         assert len(list((tmp_path / "ssd").glob("flexkv-*/lock"))) == 2
@@ -274,6 +272,18 @@ def test_real_model_through_a_stop_and_a_kill(demo_model: Path, tmp_path: Path) 
     assert segments
     _assert_gone(segments)
     assert report.faults() == []
+
+
+def _hit_of_rank(client: VllmClient, prompt: list[int]) -> Completion:
+    """The prompt from FlexKV. Of several engines vLLM tells of one whether it was reset, so this one is asked until it was."""
+    deadline = time.monotonic() + 20
+    while True:
+        client.reset_prefix_cache()
+        before = client.metrics().total(EXTERNAL_HITS)
+        answer = client.complete(prompt, 8, logprobs=True)
+        if client.metrics().total(EXTERNAL_HITS) > before:
+            return answer
+        assert time.monotonic() < deadline, "no hit"
 
 
 def _segments_of_group(group: int) -> set[tuple[str, str]]:
