@@ -17,6 +17,7 @@ def save_as_eagle(model: PreTrainedModel, directory: Path) -> None:
     """One layer, without the ``model.`` in its names, and what joins the model's hidden state to the next token's embedding."""
     size = model.config.hidden_size
     weights = {f"layers.0.{name}": weight for name, weight in _layer(model).items()}
+    del weights["layers.0.input_layernorm.weight"]  # the first layer of such a drafter has none
     weights["fc.weight"] = _drawn(size, 2 * size)
     _save(weights, {}, directory)
 
