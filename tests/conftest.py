@@ -21,8 +21,16 @@ for _name in list(os.environ):
         del os.environ[_name]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--extended", action="store_true", help="run the tests marked extended, too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Everything in the folders tests/e2e… is marked so, and gets the time that an engine needs to start."""
+    if not config.getoption("--extended"):
+        left_out = [item for item in items if item.get_closest_marker("extended")]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
     here = Path(__file__).parent
     for item in items:
         if item.path.relative_to(here).parts[0].startswith("e2e"):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import Lfm2Config, MambaConfig, PretrainedConfig
 
 from flexkv_core.cli.harness.server import KV_TRANSFER_CONFIG
 from tests.e2e.checks import hit_differences
@@ -96,3 +99,64 @@ def test_module_path_where_plugins_are_off(llama: Path, monkeypatch: pytest.Monk
         engine.reset()
         again = engine.ask(prompt)
         assert (again.external_tokens, again.token_ids) == (4 * engine.block_tokens, wanted.token_ids)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config"),
+    [
+        ("MambaForCausalLM", MambaConfig(hidden_size=64, num_hidden_layers=2, state_size=16)),
+        (
+            "Lfm2ForCausalLM",
+            Lfm2Config(
+                hidden_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                layer_types=["conv", "full_attention"],
+            ),
+        ),
+    ],
+    ids=["Mamba", "short convolutions"],
+)
+def test_recurrent_state_is_refused_before_the_weights(
+    demo_model: Path, tmp_path: Path, architecture: str, config: PretrainedConfig
+) -> None:
+    """There are no weights here to load."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(demo_model / name, tmp_path / name)
+    config.save_pretrained(tmp_path)
+    fields = {**json.loads((tmp_path / "config.json").read_text()), "architectures": [architecture]}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(Exception) as refusal, Engine(tmp_path):  # noqa: PT011  vLLM passes our error through as it is
+        pass
+    words = f"FlexKV: {tmp_path} keeps a recurrent state (Mamba, linear attention or short convolutions)."
+    assert words in str(refusal.value)
+
+
+@pytest.mark.hit
+@pytest.mark.skipif(
+    not (torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()),
+    reason="vLLM's CPU build quantises its KV cache with AVX-512 or AMX only",
+)
+def test_quantised_cache_comes_back(llama: Path) -> None:
+    """8-bit numbers. A recomputation differs: it reads what it has not quantised."""
+    with Engine(llama, {"host_bytes": "128MiB"}, {"kv_cache_dtype": "fp8"}) as engine:
+        assert engine.kv_tensors[0].element_size() == 1
+        found = hit_differences(engine, prompt_tokens(840, 1000))
+        assert not {difference for difference in found if "recomputation" not in difference}
+        counters = engine.manager.counters()
+        assert counters.stored_bytes == counters.stored_blocks * 2 * engine.block_tokens * 2 * 2 * 64
+
+
+@pytest.mark.extended
+@pytest.mark.hit
+@pytest.mark.parametrize(
+    ("kind", "kinds"),
+    [("gpt-oss", ["FullAttentionSpec", "SlidingWindowSpec"]), ("window", ["SlidingWindowSpec"])],
+)
+def test_other_models_with_windows(tiny_model: Callable[[str], Path], kind: str, kinds: list[str]) -> None:
+    """gpt-oss, with attention sinks and experts; and windows in all layers."""
+    with Engine(tiny_model(kind), {"host_bytes": "128MiB"}, {"max_num_batched_tokens": 256}) as engine:
+        assert sorted(type(group.kv_cache_spec).__name__ for group in engine.groups) == kinds
+        for length in (100, 1000):  # shorter and longer than the window
+            assert hit_differences(engine, prompt_tokens(length, length)) == set()

@@ -23,10 +23,13 @@ PART = prompt_tokens(900, 150)
 PROMPT = PART * 5
 """It repeats itself, so that n-grams are found. 750 tokens, 11 blocks and a part."""
 GUESSES = 3
-LAYERS = {"ngram": 2, "draft_model": 4, "eagle3": 3}
+TARGETS = {"ngram": "llama", "draft_model": "llama", "eagle": "llama", "eagle3": "llama", "mtp": "mtp"}
+LAYERS = {"ngram": 2, "draft_model": 4, "eagle": 3, "eagle3": 3, "mtp": 3}
 """With KV: those of the model and those of the drafter."""
-WITHHELD = {"eagle3": BLOCK_TOKENS}
+WITHHELD = {"eagle": BLOCK_TOKENS, "eagle3": BLOCK_TOKENS, "mtp": BLOCK_TOKENS}
 """Tokens of a hit that are computed all the same."""
+
+Expected = Callable[[str], tuple[Answer, Answer]]
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,18 @@ class Seen:
 
 
 @pytest.fixture(scope="module")
-def expected(llama: Path) -> tuple[Answer, Answer]:
-    """The prompt's answer and that of the next turn."""
-    with Engine(llama, with_flexkv=False) as engine:
-        first = engine.ask(PROMPT, 100)
-        return first, engine.ask(_follow_up(first), 20)
+def expected(tiny_model: Callable[[str], Path]) -> Expected:
+    """A prompt's answer and that of the next turn, by model; one engine a model."""
+    known: dict[str, tuple[Answer, Answer]] = {}
+
+    def answers(kind: str) -> tuple[Answer, Answer]:
+        if kind not in known:
+            with Engine(tiny_model(kind), with_flexkv=False) as engine:
+                first = engine.ask(PROMPT, 100)
+                known[kind] = first, engine.ask(_follow_up(first), 20)
+        return known[kind]
+
+    return answers
 
 
 @pytest.fixture(scope="module")
@@ -57,23 +67,29 @@ def processes() -> BaseContext:
 
 
 @pytest.mark.hit
-@pytest.mark.parametrize("method", LAYERS)
+@pytest.mark.parametrize(
+    "method",
+    [
+        "ngram",
+        "draft_model",
+        "eagle3",
+        *(pytest.param(name, marks=pytest.mark.extended) for name in ("eagle", "mtp")),
+    ],
+)
 def test_answers_are_those_of_an_engine_that_does_not_guess(
-    llama: Path,
-    tiny_model: Callable[[str], Path],
-    expected: tuple[Answer, Answer],
-    processes: BaseContext,
-    method: str,
+    tiny_model: Callable[[str], Path], expected: Expected, processes: BaseContext, method: str
 ) -> None:
     """The second turn's prompt holds what the first one generated: guessed tokens are stored only when they are known."""
-    wanted, second = expected
-    speculative: dict[str, object] = {"method": method, "num_speculative_tokens": GUESSES}
+    wanted, second = expected(TARGETS[method])
+    target = tiny_model(TARGETS[method])
+    drafter = {"draft_model": target, "mtp": None, "ngram": None}
+    speculative = {"method": method, "num_speculative_tokens": GUESSES}
     if method == "ngram":
         speculative |= {"prompt_lookup_max": 4, "prompt_lookup_min": 2}
-    else:  # the draft model is the model itself: it guesses right
-        speculative["model"] = str(llama if method == "draft_model" else tiny_model(method))
+    elif model := drafter.get(method, tiny_model(method) if method not in drafter else None):
+        speculative["model"] = str(model)
     with ProcessPoolExecutor(1, mp_context=processes) as pool:
-        seen = pool.submit(_two_turns, llama, speculative, _follow_up(wanted)).result(timeout=180)
+        seen = pool.submit(_two_turns, target, speculative, _follow_up(wanted)).result(timeout=180)
     withheld = WITHHELD.get(method, 0)
     assert seen.layers == LAYERS[method]
     assert seen.first_turn.external_tokens == 704 - withheld
@@ -82,7 +98,7 @@ def test_answers_are_those_of_an_engine_that_does_not_guess(
         assert answer.token_ids == right.token_ids
         assert answer.logprob_error(right) <= RECOMPUTE_BOUND
     assert seen.wrong_bytes == []
-    if method == "draft_model":  # unless its own KV is wrong
+    if method == "draft_model":  # of the same weights: it guesses right, unless its own KV is wrong
         assert seen.accepted[0] > 50
         assert seen.accepted[1] == seen.accepted[0]
 

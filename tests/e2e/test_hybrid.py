@@ -19,7 +19,11 @@ from tests.e2e.checks import Scatter, hit_differences, patched_scatter
 from tests.e2e.engine import BLOCK_TOKENS, RECOMPUTE_BOUND, Answer, Engine, prompt_tokens
 
 WINDOW = 256
-CHUNK = {"max_num_batched_tokens": 256}
+DEVICE_BLOCKS = 110
+"""For both groups: enough for any test's requests but those that are to be preempted."""
+OPTIONS = {"max_num_batched_tokens": 256, "num_gpu_blocks_override": DEVICE_BLOCKS}
+PREEMPTED = [prompt_tokens(700 + i, 480 + 20 * i) for i in range(8)]
+PREEMPTED_TOKENS = 180
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +33,7 @@ def hybrid(tiny_model: Callable[[str], Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(hybrid: Path) -> Iterator[Engine]:
-    with Engine(hybrid, {"host_bytes": "256MiB"}, CHUNK) as running:
+    with Engine(hybrid, {"host_bytes": "256MiB"}, OPTIONS) as running:
         kinds = sorted(type(group.kv_cache_spec).__name__ for group in running.groups)
         assert kinds == ["FullAttentionSpec", "SlidingWindowSpec"], "vLLM's hybrid manager is on"
         yield running
@@ -110,6 +114,28 @@ def test_requests_with_a_common_prefix_at_once(engine: Engine) -> None:
     for answer, wanted in zip(engine.ask_all(prompts), alone, strict=True):
         assert answer.external_tokens > 0
         _assert_same(answer, wanted)
+
+
+@pytest.mark.hit
+def test_preempted_requests_give_the_same_answers(engine: Engine) -> None:
+    """What they lose is another's at once, in both groups; two at a time they are not preempted."""
+    expected: list[Answer] = []
+    for first in range(0, len(PREEMPTED), 2):
+        engine.reset(external=True)
+        expected += engine.ask_all(PREEMPTED[first : first + 2], PREEMPTED_TOKENS)
+    assert not any(answer.preemptions for answer in expected)
+    engine.reset(external=True)
+    cold = engine.ask_all(PREEMPTED, PREEMPTED_TOKENS)
+    assert any(answer.preemptions for answer in cold), "the test needs preemptions"
+    engine.reset()
+    hits = engine.ask_all(PREEMPTED, PREEMPTED_TOKENS)
+    assert any(answer.preemptions for answer in hits)
+    assert sum(answer.external_tokens for answer in hits) > 0
+    for wanted, *answers in zip(expected, cold, hits, strict=True):
+        for answer in answers:
+            _assert_same(answer, wanted)
+    assert engine.free_blocks() == DEVICE_BLOCKS - 1  # vLLM keeps block 0 for itself
+    engine.check_integrity()
 
 
 def test_prefix_of_which_the_window_is_gone_is_not_stored(engine: Engine) -> None:

@@ -215,6 +215,29 @@ def test_others_in_the_engine_are_not_held(engine: Engine, layerwise_loads: list
     assert not layerwise_loads
 
 
+@pytest.mark.hit
+def test_preempted_request_resumes_with_a_load_within_the_step(
+    engine: Engine, layerwise_loads: list[int]
+) -> None:
+    """The first of two grows until the second gives way, and takes of its blocks; when it has ended, the second is alone."""
+    lengths = {450: prompt_tokens(2600, 1150), 200: prompt_tokens(2601, 1150)}
+    expected = []
+    for tokens, prompt in lengths.items():
+        engine.reset(external=True)
+        expected.append(engine.ask(prompt, tokens))
+    engine.reset(external=True)
+    running = {engine.add(prompt, tokens): _running() for tokens, prompt in lengths.items()}
+    while any(request.final is None for request in running.values()):
+        engine.step(running)
+    engine.settle()
+    first, second = running.values()
+    assert (first.preemptions, second.preemptions) == (0, 1)
+    assert len(layerwise_loads) == 1
+    for request, wanted in zip((first, second), expected, strict=True):
+        assert tuple(request.final.outputs[0].token_ids) == wanted.token_ids
+    engine.check_integrity()
+
+
 def test_abort_after_the_step(engine: Engine, layerwise_loads: list[int]) -> None:
     """Nothing is held of a request that ends right after its load."""
     aborted = prompt_tokens(2500, 1000)

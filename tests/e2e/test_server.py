@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -208,6 +209,7 @@ def test_uneven_pipeline_and_the_death_of_a_rank(tiny_model: Callable[[str], Pat
     _assert_gone(segments)
 
 
+@pytest.mark.extended
 def test_latent_cache_of_two_ranks_is_stored_once(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     cpus = sorted(os.sched_getaffinity(0))
     ranks = ("--tensor-parallel-size", "2")
@@ -231,6 +233,33 @@ def test_latent_cache_of_two_ranks_is_stored_once(tiny_model: Callable[[str], Pa
         assert metrics.total("vllm:flexkv_stored_bytes_total") == blocks * 16 * 576 * 4 * 2
 
 
+@pytest.mark.extended
+@pytest.mark.hit
+def test_data_parallel_engines_have_tiers_of_their_own(llama: Path, tmp_path: Path) -> None:
+    """Two engines behind one address and under one setting: each fills and reads its own host tier, and its own files in ``ssd_dirs``."""
+    cpus = sorted(os.sched_getaffinity(0))
+    (tmp_path / "ssd").mkdir()
+    settings = {"host_bytes": "128MiB", "ssd_dirs": [str(tmp_path / "ssd")], "ssd_bytes": "256MiB"}
+    config = json.dumps({**json.loads(ONE_LINE[1]), "kv_connector_extra_config": settings})
+    arguments = ("--kv-transfer-config", config, "--data-parallel-size", "2")
+    server = _server(llama, tmp_path, *arguments, VLLM_CPU_OMP_THREADS_BIND=f"{cpus[0]}|{cpus[-1]}")
+    prompt = prompt_tokens(1450, 1500)
+    with server:
+        first, second = (VllmClient(server.base_url, data_parallel_rank=rank) for rank in (0, 1))
+        with first, second:
+            cold, device, host = _hits(first, prompt)
+            _assert_equal_hits(cold, device, host)
+            other = second.complete(prompt, 8, logprobs=True)
+            assert (other.cached_tokens, other.token_ids) == (0, cold.token_ids)
+            again = _hit_of_rank(second, prompt)
+            assert (again.token_ids, again.logprobs) == (host.token_ids, host.logprobs)
+            assert again.cached_tokens == host.cached_tokens
+            segments = _segments_of_group(server.pid)
+        assert len(segments) == 2
+        assert len(list((tmp_path / "ssd").glob("flexkv-*/lock"))) == 2
+    _assert_gone(segments)
+
+
 def test_real_model_through_a_stop_and_a_kill(demo_model: Path, tmp_path: Path) -> None:
     """The first two acts of the demo, once; the host tier is gone after each end of a server."""
     config = transfer_config(ssd_settings(tmp_path / "ssd"))
@@ -247,6 +276,18 @@ def test_real_model_through_a_stop_and_a_kill(demo_model: Path, tmp_path: Path) 
     assert segments
     _assert_gone(segments)
     assert course.report.faults() == []
+
+
+def _hit_of_rank(client: VllmClient, prompt: list[int]) -> Completion:
+    """The prompt from FlexKV. Of several engines vLLM tells of one whether it was reset, so this one is asked until it was."""
+    deadline = time.monotonic() + 20
+    while True:
+        client.reset_prefix_cache()
+        before = client.metrics().total(EXTERNAL_HITS)
+        answer = client.complete(prompt, 8, logprobs=True)
+        if client.metrics().total(EXTERNAL_HITS) > before:
+            return answer
+        assert time.monotonic() < deadline, "no hit"
 
 
 def _segments_of_group(group: int) -> set[tuple[str, str]]:

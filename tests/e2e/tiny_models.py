@@ -19,8 +19,12 @@ import torch
 from transformers import (
     DeepseekV2Config,
     DeepseekV2ForCausalLM,
+    Ernie4_5_MoeConfig,
+    Ernie4_5_MoeForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -103,6 +107,29 @@ def _hybrid() -> PreTrainedModel:
     )
 
 
+def _sinks() -> PreTrainedModel:
+    """gpt-oss: sliding windows and full attention in turns, attention sinks, experts."""
+    return GptOssForCausalLM(
+        GptOssConfig(
+            vocab_size=_VOCABULARY,
+            hidden_size=256,
+            intermediate_size=256,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=64,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            sliding_window=128,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+            tie_word_embeddings=False,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=2,
+        )
+    )
+
+
 def _window() -> PreTrainedModel:
     """Two layers of sliding window and none of full attention."""
     return MistralForCausalLM(
@@ -130,12 +157,34 @@ def _drafter() -> PreTrainedModel:
     return LlamaForCausalLM(config)
 
 
+def _mtp() -> PreTrainedModel:
+    """ERNIE, without experts: two layers, to which one is added that predicts a token more."""
+    return Ernie4_5_MoeForCausalLM(
+        Ernie4_5_MoeConfig(
+            vocab_size=_VOCABULARY,
+            hidden_size=256,
+            intermediate_size=512,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            moe_layer_start_index=2,
+            max_position_embeddings=8192,
+            tie_word_embeddings=False,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
+
+
 KINDS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": _llama,
     "mla": _mla,
     "hybrid": _hybrid,
     "window": _window,
+    "gpt-oss": _sinks,
+    "eagle": _drafter,
     "eagle3": _drafter,
+    "mtp": _mtp,
 }
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from flexkv_core.cli.harness.sglang import CPU_ARGUMENTS, CPU_ENVIRONMENT, SglangServer
 from tests.e2e_sglang.checks import ask, differences, new_prompt
 
 
+@pytest.mark.extended
 def test_hits_give_the_same_answer(llama: Path, tmp_path: Path) -> None:
     settings = tmp_path / "flexkv.yaml"
     settings.write_text("host_bytes: 48MiB\n")

@@ -61,10 +61,14 @@ class Metrics:
 
 
 class VllmClient:
-    """One keep-alive connection to a vLLM server. Not thread-safe: each thread opens its own."""
+    """One keep-alive connection to a vLLM server. Not thread-safe: each thread opens its own. ``data_parallel_rank``: of the server's
+    engines the one that answers; None leaves the choice to the server."""
 
-    def __init__(self, base_url: str, timeout_s: float = 300.0) -> None:
-        self._http = httpx.Client(base_url=base_url, timeout=timeout_s)
+    def __init__(
+        self, base_url: str, timeout_s: float = 300.0, data_parallel_rank: int | None = None
+    ) -> None:
+        headers = {} if data_parallel_rank is None else {"X-data-parallel-rank": str(data_parallel_rank)}
+        self._http = httpx.Client(base_url=base_url, timeout=timeout_s, headers=headers)
         self._model: str | None = None
 
     def __enter__(self) -> VllmClient:
