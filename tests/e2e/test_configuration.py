@@ -133,6 +133,7 @@ def test_recurrent_state_is_refused_before_the_weights(
     assert words in str(refusal.value)
 
 
+@pytest.mark.extended
 @pytest.mark.hit
 @pytest.mark.skipif(
     not (torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()),
