@@ -43,6 +43,10 @@ def demo(
         int, typer.Option(min=1, help="How often each kind of hit is measured for a question.")
     ] = 5,
     kv_space_gib: Annotated[int, typer.Option(min=1, help="Memory for vLLM's own KV cache on a CPU.")] = 2,
+    shared: Annotated[
+        bool,
+        typer.Option("--shared", help="Play the third act as well: an engine restarts beside flexkv serve."),
+    ] = False,
     gpu: Annotated[bool, typer.Option("--gpu", help="Serve with the CUDA build of vLLM.")] = False,
 ) -> None:
     """Asks a real server with FlexKV about one long document, with and without the engine's own prefix cache."""
@@ -68,7 +72,8 @@ def demo(
         try:
             course = Course(questions, rounds, say)
             first_and_second_act(server, course, say)
-            third_act(sharing, cache, course, say)
+            if shared:
+                third_act(sharing, cache, course, say)
         except ServerError as error:
             console.print(str(error), markup=False, highlight=False)
             raise typer.Exit(1) from error

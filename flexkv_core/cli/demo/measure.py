@@ -100,6 +100,12 @@ class Report:
                 found.append(f"a hit was not faster than recomputing: {state.value}")
         return found
 
+    @property
+    def states(self) -> list[State]:
+        """Those in which anything was asked."""
+        asked = {ask.state for ask in self.asks}
+        return [state for state in State if state in asked]
+
     def _hit_states(self) -> list[State]:
         """What was asked of FlexKV, in host memory at least."""
         asked = {State.HOST_HIT, *(ask.state for ask in self.asks)}
