@@ -29,7 +29,13 @@ from flexkv_core.cli.harness.checkpoint import ensure_demo_model
 from flexkv_core.cli.harness.client import VllmClient
 from flexkv_core.cli.harness.document import make_document, prompt_text
 from flexkv_core.cli.harness.namespace import BRIDGE_ADDRESS, Machine, machines
-from flexkv_core.cli.harness.server import CPU_ARGUMENTS, CPU_ENVIRONMENT, ServerError, VllmServer
+from flexkv_core.cli.harness.server import (
+    CPU_ARGUMENTS,
+    CPU_ENVIRONMENT,
+    ServerError,
+    VllmServer,
+    transfer_config,
+)
 from flexkv_core.cli.harness.stores import LOOPBACK, mooncake_master, redis_server, s3_options, s3_server
 
 BLOCK_TOKENS = 64
@@ -236,10 +242,9 @@ def _server(folder: Path, index: int, tier: _Tier, place: Machine, role: str) ->
         "remote_read_deadline_ms": 10_000,
         "remote_wait_ms": 5000 if role == "kv_consumer" else 0,
     }
-    transfer = {"kv_connector": "FlexKVConnector", "kv_role": role, "kv_connector_extra_config": config}
     return VllmServer(
         ensure_demo_model(),
-        [*CPU_ARGUMENTS, "--kv-transfer-config", json.dumps(transfer)],
+        [*CPU_ARGUMENTS, "--kv-transfer-config", transfer_config(config, role)],
         CPU_ENVIRONMENT,
         folder / f"server{index}.log",
         host=place.address,

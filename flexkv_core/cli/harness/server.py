@@ -26,9 +26,9 @@ KV_TRANSFER_CONFIG = '{"kv_connector":"FlexKVConnector","kv_role":"kv_both"}'
 """All that a user of vLLM types to have FlexKV."""
 
 
-def transfer_config(settings: Mapping[str, object]) -> str:
-    """The one line with FlexKV's ``settings`` in it."""
-    values = {**json.loads(KV_TRANSFER_CONFIG), "kv_connector_extra_config": dict(settings)}
+def transfer_config(settings: Mapping[str, object], role: str = "kv_both") -> str:
+    """The one line with FlexKV's ``settings`` in it, and vLLM's ``kv_role``."""
+    values = {**json.loads(KV_TRANSFER_CONFIG), "kv_role": role, "kv_connector_extra_config": dict(settings)}
     return json.dumps(values, separators=(",", ":"))
 
 

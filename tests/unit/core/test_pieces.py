@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 
 import numpy as np
@@ -130,8 +131,11 @@ def test_shared_load_that_raises_fails_and_the_thread_lives_on(rig: Rig) -> None
 
 
 def test_help_ends_when_there_is_nothing_to_wait_for_and_after_its_time(rig: Rig) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
     rig.engine.help(TIMEOUT_S)
     rig.device.copier.hold.clear()
     rig.engine.submit(rig.op(1, Direction.STORE))
     rig.engine.help(0.05)
+    assert time.monotonic() < deadline
+    assert rig.results.empty(), "the copy that is held has not ended"
     rig.device.copier.hold.set()
