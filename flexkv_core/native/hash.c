@@ -34,26 +34,62 @@ static PyObject *refuse_token(const int64_t *tokens, size_t n) {
     return PyErr_Format(PyExc_ValueError, "a token was out of int32's range");
 }
 
-static inline void hash_one(uint8_t *key, const uint8_t *message, size_t n) {
+/* A key as two words in the order of its bytes: it stays in registers from one block to the next, which must wait for it. Written to memory
+ * in one width and read in another it would wait for the store, too. */
+typedef struct {
+    uint64_t first, second;
+} key_words;
+
+static inline key_words read_key(const uint8_t *key) {
+    key_words words;
+    memcpy(&words.first, key, 8);
+    memcpy(&words.second, key + 8, 8);
+    return words;
+}
+
+static inline void write_key(uint8_t *key, key_words words) {
+    memcpy(key, &words.first, 8);
+    memcpy(key + 8, &words.second, 8);
+}
+
+static inline key_words hash_one(const uint8_t *message, size_t n) {
     XXH128_canonical_t digest;
     XXH128_canonicalFromHash(&digest, XXH3_128bits(message, n));
-    memcpy(key, digest.digest, KEY_BYTES);
+    return read_key(digest.digest);
 }
 
 /* keys[i] = hash(key before || tokens of block i). `message` has room for a key and one block; the key before stands in it, and the
- * last key stands in it after. Inlined with a constant block size where that is common: XXH3 then drops its choice by length. */
-static inline __attribute__((always_inline)) void chain(uint8_t *keys, uint8_t *message, const int32_t *tokens, size_t blocks,
-                                                        size_t block_tokens) {
+ * last key stands in it after. */
+static void chain(uint8_t *keys, uint8_t *message, const int32_t *tokens, size_t blocks, size_t block_tokens) {
     for (size_t i = 0; i < blocks; i++, keys += KEY_BYTES, tokens += block_tokens) {
         memcpy(message + KEY_BYTES, tokens, 4 * block_tokens);
-        hash_one(message, message, KEY_BYTES + 4 * block_tokens);
-        memcpy(keys, message, KEY_BYTES);
+        key_words key = hash_one(message, KEY_BYTES + 4 * block_tokens);
+        write_key(message, key);
+        write_key(keys, key);
     }
+}
+
+/* The same for the usual size of a block. The length is a constant here, so that XXH3 drops its choice by length, and the message is this
+ * function's own and filled in the width that XXH3 reads, so that it need not be in memory at all: a quarter less time. */
+static void chain_16(uint8_t *keys, uint8_t *message, const int32_t *tokens, size_t blocks) {
+    uint8_t block[KEY_BYTES + 64];
+    key_words key = read_key(message);
+    for (size_t i = 0; i < blocks; i++, keys += KEY_BYTES, tokens += 16) {
+        write_key(block, key);
+        for (size_t at = 0; at < 64; at += 8) {
+            uint64_t word;
+            memcpy(&word, (const uint8_t *)tokens + at, 8);
+            memcpy(block + KEY_BYTES + at, &word, 8);
+        }
+        key = hash_one(block, sizeof block);
+        write_key(keys, key);
+    }
+    write_key(message, key);
 }
 
 static void hash_int32(uint8_t *keys, uint8_t *message, const int32_t *tokens, size_t blocks, size_t block_tokens) {
     if (block_tokens == 16)
-        chain(keys, message, tokens, blocks, 16);
+        chain_16(keys, message, tokens, blocks);
     else
         chain(keys, message, tokens, blocks, block_tokens);
 }
