@@ -114,6 +114,16 @@ BENCHES: dict[str, Bench] = {
         "time to first token of hits in host memory, real vLLM servers in turns: FlexKV and vLLM's own offloading",
         {"host_hit_ratio": Bar("<=", 1.0)},
     ),
+    "gpu-engine": Bench(
+        "flexkv_core.cli.bench.gpu_engine",
+        "real vLLM servers on an NVIDIA GPU in turns: without a connector, with FlexKV, with vLLM's own offloading",
+        {
+            "ttft_miss_ratio_flexkv": Bar("<=", 1.03),
+            "burst_ratio_flexkv": Bar("<=", 1.03),
+            "host_hit_ratio_4000": Bar("<=", 1.0),
+            "host_hit_ratio_16000": Bar("<=", 1.0),
+        },
+    ),
     "layerwise": Bench(
         "flexkv_core.cli.bench.layerwise",
         "time to first token of hits in host memory, a real vLLM server: layer by layer and whole in turns",

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from flexkv_core.cli.bench.overhead import compute_cpus
+from flexkv_core.cli.bench.overhead import compute_cpus, compute_dtype
 from flexkv_core.cli.harness.checkpoint import ensure_demo_model
 from flexkv_core.cli.harness.client import Completion, VllmClient
 from flexkv_core.cli.harness.proxy import Fault, Proxy, proxy_to
@@ -91,7 +91,7 @@ def _in_turns(
 def _servers() -> Iterator[tuple[Proxy, VllmClient, VllmClient]]:
     """The proxy in front of the store, a client of the server that has it, and one of the server without."""
     model = ensure_demo_model()
-    arguments = [*CPU_ARGUMENTS, "--dtype", "bfloat16"]  # the last --dtype counts
+    arguments = [*CPU_ARGUMENTS, "--dtype", compute_dtype()]  # the last --dtype counts
     environment = {**CPU_ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": compute_cpus()}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flexkv-faults-")))
