@@ -28,7 +28,8 @@ from tests.e2e.engine import BLOCK_TOKENS, prompt_tokens
 CLIENTS = 64
 ENVIRONMENT = {**CPU_ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
 SABOTAGED = '{"kv_connector":"SabotagedConnector","kv_connector_module_path":"tests.e2e.sabotaged_connector","kv_role":"kv_both"}'
-ONE_LINE = ("--kv-transfer-config", SABOTAGED if "SABOTAGED_LOADS" in os.environ else KV_TRANSFER_CONFIG)
+IS_SABOTAGED = "SABOTAGED_LOADS" in os.environ
+ONE_LINE = ("--kv-transfer-config", SABOTAGED if IS_SABOTAGED else KV_TRANSFER_CONFIG)
 EXTERNAL_HITS = "vllm:external_prefix_cache_hits_total"
 SEGMENT_NAME = "flexkv-host-tier"
 
@@ -184,6 +185,8 @@ def test_uneven_pipeline_and_the_death_of_a_rank(tiny_model: Callable[[str], Pat
             "--compilation-config",
             '{"mode":1,"backend":"eager"}',
         ),  # or vLLM's CPU worker never makes its buffers
+        # FlexKV sees to it itself, by its connector's name.
+        *(("--disable-hybrid-kv-cache-manager",) if IS_SABOTAGED else ()),
     )
     environment = {
         "VLLM_CPU_OMP_THREADS_BIND": f"{cpus[0]}|{cpus[-1]}",
