@@ -288,11 +288,15 @@ class BlockManager:
                 return NO_SLOTS, NO_SLOTS
             return task.slots, task.plan.reads.index if isinstance(task.plan, GetPlan) else NO_SLOTS
 
-    def disown(self, task_id: int) -> None:
-        """Nothing was heard of a put for long: others may put its blocks anew. Its slots stay its own until it ends, then return."""
+    def disown(self, task_id: int, keys: bytes) -> None:
+        """Nothing was heard of a put for long, and somebody is about to put ``keys``: if its blocks are among them they may be put anew. Its
+        slots stay its own until it ends, then return."""
         with self._changed:
             task = self._tasks.get(task_id)
-            if task is not None and isinstance(task.plan, PutPlan):
+            if task is None or not isinstance(task.plan, PutPlan):
+                return
+            at = KEY_BYTES * task.start_block
+            if task.keys[:KEY_BYTES] == keys[at : at + KEY_BYTES]:
                 self._cache.disown_put(task.plan)
 
     def launch_blocks(self, task_id: int, blocks: BlockIds, delivery: Delivery = Delivery.WHOLE) -> None:

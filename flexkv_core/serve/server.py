@@ -265,11 +265,13 @@ class Server:
         return max(0.0, self._next_tick - time.monotonic())
 
     def _tick(self) -> None:
-        """Release what the dead have left, drop who never said a word, and tell how full the tiers are."""
+        """Release what the dead have left, see what takes long, drop who never said a word, and tell how full the tiers are."""
         now = time.monotonic()
         self._next_tick = now + _TICK_S
+        for tenant in self._tenants.all.values():
+            tenant.overdue.clear()
         for session in list(self._sessions.values()):
-            session.disown_old(now)
+            session.note_overdue(now)
             if session.release_at is not None:
                 if session.release_at <= now:
                     del self._sessions[session.number]

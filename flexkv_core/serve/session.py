@@ -41,20 +41,22 @@ _NONE: Slots = np.empty(0, np.int32)
 RELEASE_GRACE_S = 1.0
 """A process that is killed is out of its memory before its end of the pipe is closed; a copy that its device has under way is one piece of at
 most 48 MiB, milliseconds."""
-DISOWN_S = 10.0
-"""A put that has not ended for so long stays nobody's obstacle; most take milliseconds."""
+OVERDUE_S = 10.0
+"""A put that has not ended for so long makes way for another client's of the same blocks. Most take milliseconds, but an engine plans a put
+before it computes, and a step of a large prompt on a CPU takes longer than this."""
 TASKS_MAX = 2048
 """Tasks of one session; more are refused, which makes misses. Times SESSIONS_MAX of the server this stays below what a manager keeps."""
 
 
 @dataclass
 class Tenant:
-    """One identity: its manager, and the executor that stands for the clients' devices."""
+    """One identity: its manager, and the executor that stands for the clients' devices. ``overdue``: gets and puts that have not ended for
+    OVERDUE_S, and the numbers of their sessions."""
 
     name: str
     manager: BlockManager
     relay: RelayExecutor
-    sessions: int = 0
+    overdue: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -166,13 +168,12 @@ class Session:
         self.tasks.clear()
         return count
 
-    def disown_old(self, now: float) -> None:
-        """A client that is stopped must not keep others from storing what it was about to store."""
+    def note_overdue(self, now: float) -> None:
+        """Enter what has not ended for long into the tenant's ``overdue``."""
         for task_id, task in self.tasks.items():
-            if now - task.since > DISOWN_S:
+            if now - task.since > OVERDUE_S:
                 assert self.tenant is not None
-                self.tenant.manager.disown(task_id)
-                task.since = now
+                self.tenant.overdue[task_id] = self.number
 
     def _plan(self, kind: Kind, payload: memoryview) -> Planned:
         assert self.tenant is not None
@@ -185,6 +186,7 @@ class Session:
         if purpose is Purpose.PREFETCH:
             raise WireError("a prefetch has a kind of its own")
         if kind is Kind.PUT:
+            self._push_aside(keys)
             task_id, start, count = manager.put_keys(keys, self._ended, start)
         else:
             task_id, count = manager.get_keys(keys, start, self._ended, purpose)
@@ -193,6 +195,14 @@ class Session:
         self.tasks[task_id] = _Open(count, time.monotonic())
         slots, reads = manager.slots_of(task_id)
         return Planned(task_id, start, slots, reads)
+
+    def _push_aside(self, keys: bytes) -> None:
+        """Have others' overdue puts of the same blocks make way: a client that is stopped must not keep others from storing. Its own stay:
+        they may only be slow, and what they copy is good."""
+        assert self.tenant is not None
+        for task_id, owner in self.tenant.overdue.items():
+            if owner != self.number:
+                self.tenant.manager.disown(task_id, keys)
 
     def _prefetch(self, keys: bytes, start: int) -> Planned:
         """Its answer names no slots, only how many blocks are read; with none, how many are there, in the place of the first block."""

@@ -232,7 +232,7 @@ def test_server_stops_within_its_time_and_is_warm_again(socket: Path, tmp_path: 
 
 
 def test_stopped_client_keeps_nobody_from_storing(socket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flexkv_core.serve.session.DISOWN_S", 0.2)
+    monkeypatch.setattr("flexkv_core.serve.session.OVERDUE_S", 0.2)
     with server_here(socket) as server:
         stopped, other = client_here(socket), client_here(socket)
         keys = chain_keys(other.root, 0)
@@ -257,6 +257,31 @@ def test_stopped_client_keeps_nobody_from_storing(socket: Path, monkeypatch: pyt
             client.shutdown()
         wait_until(lambda: not server._sessions)
         assert leaked_slots(manager_of(server)) == 0
+
+
+def test_store_that_takes_long_is_kept(socket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine's store begins when its step has computed, which takes longer than OVERDUE_S on a CPU. Neither the same request's next step
+    nor what others store meanwhile ends it."""
+    monkeypatch.setattr("flexkv_core.serve.session.OVERDUE_S", 0.0)
+    with server_here(socket) as server:
+        slow, other = client_here(socket), client_here(socket)
+        keys, device = chain_keys(slow.root, 0), device_of(slow)
+        half = CHAIN_BLOCKS_MAX // 2
+        first, _, count = slow.put_keys(keys[: KEY_BYTES * half], lambda done: None)
+        (tenant,) = server._tenants.all.values()
+        wait_until(lambda: first in tenant.overdue)
+        second, start, rest = slow.put_keys(keys, lambda done: None)
+        assert (count, start, rest) == (half, half, CHAIN_BLOCKS_MAX - half)
+        Client(other, device_of(other), 0).put(chain_keys(other.root, 1))  # type: ignore[arg-type]
+        device.fill(np.arange(CHAIN_BLOCKS_MAX), keys)
+        slow.launch_blocks(first, np.arange(half))
+        slow.launch_blocks(second, np.arange(half, CHAIN_BLOCKS_MAX))
+        wait_until(lambda: not slow._tasks)
+        user = Client(other, device_of(other), 0)  # type: ignore[arg-type]
+        assert user.get(keys).all()
+        assert user.tally.wrong == 0
+        for client in (slow, other):
+            client.shutdown()
 
 
 def test_models_are_told_apart(socket: Path) -> None:
