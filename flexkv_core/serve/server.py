@@ -66,7 +66,7 @@ class Server:
         self._selector = selectors.EpollSelector()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._selector.register(self._wake_fd, selectors.EVENT_READ, self._woken)
-        self._selector.register(self._address.listener, selectors.EVENT_READ, self._accept)
+        self._listen()
 
     def run(self) -> None:
         """Serve; call once. When it returns the managers have ended and the socket is gone."""
@@ -91,11 +91,20 @@ class Server:
 
     # Connections
 
+    def _listen(self) -> None:
+        self._selector.register(self._address.listener, selectors.EVENT_READ, self._accept)
+        self._is_listening = True
+
     def _accept(self, events: int) -> None:
         try:
             connected, _ = self._address.listener.accept()
-        except OSError:
-            return  # gone already, or too many files are open: it stays in the queue
+        except (BlockingIOError, ConnectionError):
+            return  # gone already
+        except OSError as error:  # too many files are open, here or in all: it stays in the queue, which would be reported at once again
+            logger.warning("a connection has to wait: %s", error)
+            self._selector.unregister(self._address.listener)
+            self._is_listening = False  # until the next tick
+            return
         uid = peer_uid(connected)
         if not is_trusted(uid) or len(self._sessions) >= SESSIONS_MAX:
             reason = "too many clients" if is_trusted(uid) else f"user {uid} may not connect"
@@ -268,6 +277,8 @@ class Server:
         """Release what the dead have left, see what takes long, drop who never said a word, and tell how full the tiers are."""
         now = time.monotonic()
         self._next_tick = now + _TICK_S
+        if not self._is_listening:
+            self._listen()
         for tenant in self._tenants.all.values():
             tenant.overdue.clear()
         for session in list(self._sessions.values()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -19,7 +20,9 @@ from flexkv_core.cli.torture.device import LAYOUT, NumpyDevice
 from flexkv_core.cli.torture.load import CHAIN_BLOCKS_MAX, Client, Load, chain_keys, leaked_slots
 from flexkv_core.config import FlexKVConfig
 from flexkv_core.manager import KVManager
+from flexkv_core.serve.address import connect
 from flexkv_core.serve.client import SharedBlocks
+from flexkv_core.serve.link import ask_status
 from flexkv_core.serve.session import RELEASE_GRACE_S
 from flexkv_core.tasks import KVResponseStatus
 from flexkv_core.types import KEY_BYTES
@@ -282,6 +285,31 @@ def test_store_that_takes_long_is_kept(socket: Path, monkeypatch: pytest.MonkeyP
         assert user.tally.wrong == 0
         for client in (slow, other):
             client.shutdown()
+
+
+def test_server_without_descriptors_waits_for_one(socket: Path) -> None:
+    """A connection that cannot be taken in is reported again at once; the server must not do nothing but fail to take it in."""
+    with ServerProcess(socket) as server:
+        pid = server.process.pid
+        open_files = {int(name) for name in os.listdir(f"/proc/{pid}/fd")}
+        before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        lowest_free = min(set(range(len(open_files) + 1)) - open_files)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (lowest_free, before[1]))
+        waiting = connect(socket, 5.0)
+        begin = time.monotonic(), processor_s(pid)
+        with pytest.raises(TimeoutError):
+            ask_status(socket, 2.0)
+        took = time.monotonic() - begin[0], processor_s(pid) - begin[1]
+        assert took[1] < took[0] / 4
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+        assert ask_status(socket, 20.0)["pid"] == pid
+        waiting.close()
+
+
+def processor_s(pid: int) -> float:
+    """What the process has used of a processor, in seconds."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def test_models_are_told_apart(socket: Path) -> None:
