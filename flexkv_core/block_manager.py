@@ -156,6 +156,10 @@ class BlockManager:
             self.layout.slot_bytes,
         )
 
+    def wait_remote(self, timeout_s: float) -> bool:
+        """Wait until the store can be asked, which nothing else does; whether it can, or there is none. After :meth:`start`."""
+        return self._remote is None or self._remote.wait_up(timeout_s)
+
     def is_ready(self) -> bool:
         """Whether tasks are taken."""
         return self._host is not None and not self._closed

@@ -175,6 +175,11 @@ class RemoteLink:
         """Start the remote process, and wait for nothing."""
         self._process.start()
 
+    def wait_up(self, timeout_s: float) -> bool:
+        """Wait until the remote process takes commands; whether it does."""
+        with self._lock:
+            return self._lock.wait_for(lambda: self._process.is_up, timeout_s)
+
     # Read path
 
     def fetch(self, keys: bytes, on_end: Callable[[], None]) -> bool:
@@ -412,6 +417,7 @@ class RemoteLink:
             left += [fetch.look_at for fetch in self._watched]
             self._process.wake_at = min(left, default=float("inf"))
             self._writes.pump()
+            self._lock.notify_all()  # the process may have come up
 
     def _on_progress(self, progress: Progress) -> None:
         with self._lock:

@@ -22,6 +22,10 @@ from flexkv_core.serve.wire import VERSION, WireError
 
 logger = logging.getLogger(__name__)
 
+REMOTE_START_S = 5.0
+"""How long the first client of a model waits for the client of the store, whose libraries take about a second to load: what its first requests
+do not find they compute and write again."""
+
 
 @dataclass(frozen=True)
 class Greeting:
@@ -143,7 +147,11 @@ class Tenants:
                 first_task=time.time_ns() // 1000,
             )
             manager.start()
-        except FlexKVError as error:
+            if not manager.wait_remote(REMOTE_START_S):
+                logger.warning(
+                    "the store's client is not there yet; requests go without the store until it is"
+                )
+        except (FlexKVError, OSError) as error:  # descriptors may be short
             logger.error("no manager for %s: %s", _words(greeting), error)
             self._failed[greeting.root] = str(error)
         else:

@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -285,6 +286,29 @@ def test_store_that_takes_long_is_kept(socket: Path, monkeypatch: pytest.MonkeyP
         assert user.tally.wrong == 0
         for client in (slow, other):
             client.shutdown()
+
+
+def test_first_request_finds_what_the_store_has(
+    socket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that has only just begun does not take its client in before it can ask its store."""
+    monkeypatch.setattr("flexkv_core.serve.tenants.REMOTE_START_S", 50.0)
+    monkeypatch.setattr("flexkv_core.serve.client.START_WAIT_S", 60.0)
+    patient = {"remote_lookup_deadline_ms": 10_000, "remote_read_deadline_ms": 10_000}
+    settings = {"remote_url": f"dir:{tmp_path}/store", **patient}
+    with server_here(socket, **settings) as server:
+        client = client_here(socket)
+        keys = chain_keys(client.root, 0)
+        Client(client, device_of(client), 0).put(keys)  # type: ignore[arg-type]
+        wait_until(lambda: manager_of(server).counters().remote_written_blocks == CHAIN_BLOCKS_MAX)
+        client.shutdown()
+    with server_here(socket, **settings):
+        client = client_here(socket)
+        ended = threading.Event()
+        assert client.fetch_keys(keys, ended.set)
+        assert ended.wait(30)
+        assert client.match_keys(keys) == CHAIN_BLOCKS_MAX
+        client.shutdown()
 
 
 def test_server_without_descriptors_waits_for_one(socket: Path) -> None:
