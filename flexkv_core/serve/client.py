@@ -228,8 +228,8 @@ class SharedBlocks:
         return bool(waits)
 
     def put_keys(self, keys: bytes, on_done: OnDone, first: int = 0) -> tuple[int, int, int]:
-        """Reserve slots for what is new in ``keys``, for nothing when a block before ``first`` is; the task, its first block and how
-        many."""
+        """Reserve slots for what is new in ``keys``, for nothing when a block before ``first`` is; the task (below 0: the server did not
+        answer in time), its first block and how many."""
         planned, task = self._plan(Kind.PUT, keys, first, on_done, Purpose.GET)
         if planned is None:
             return self._refused_id(), 0, 0

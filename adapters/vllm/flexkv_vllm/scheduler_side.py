@@ -71,6 +71,9 @@ class _RequestState:
     local_tokens: int = 0  # what the device held at the last lookup
     hit_blocks: int = 0  # what was promised then
     planned_blocks: int = 0  # blocks that were looked at for storing
+    unanswered: int | None = (
+        None  # from which block on no server said that it knows them, or where to store them
+    )
     stores: dict[int, int] = field(default_factory=dict)  # store or check under way -> its first block
     is_sampled: bool | None = None  # None: it had no hit yet
     check: _Check | None = None
@@ -383,6 +386,8 @@ class SchedulerSide:
             return
         known = request.num_tokens if self._config.store_decode else request.num_prompt_tokens
         full = max(0, min(computed_tokens, known) - self._unsettled_tokens) // self._block_tokens
+        if finished and state.unanswered is not None:
+            state.planned_blocks = state.unanswered  # once more: the server may only have been slow
         generating = computed_tokens > request.num_prompt_tokens
         batch = min(DECODE_STORE_BLOCKS, self._groups.store_batch_max or DECODE_STORE_BLOCKS)
         if full - state.planned_blocks < (batch if generating and not finished else 1):
@@ -395,6 +400,7 @@ class SchedulerSide:
             lambda done: self._ended.append(partial(self._store_ended, state, done)),
             self._groups.first_whole(tables, planned, full),
         )
+        state.unanswered = planned if task_id < 0 else None
         if count:
             self._launch(state, task_id, start, self._groups.blocks(tables, start, start + count))
 

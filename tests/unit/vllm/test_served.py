@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,6 +79,25 @@ def test_engines_share_and_a_new_server_serves_the_old_engine(
     assert engine.scheduler.matched_tokens(make_request("third", PROMPT), 0) == (0, False)
     put(engine, "fourth")  # into another segment, which the workers map instead
     assert_found(engine, "fifth", stored_by=engine)
+
+
+def test_store_that_was_not_answered_in_time_is_asked_for_at_the_end(
+    server: ServerProcess, engine: PlayedEngine
+) -> None:
+    request = make_request("first", PROMPT)
+    server.process.send_signal(signal.SIGSTOP)
+    engine.put(request, PUT)  # nothing is stored, and nobody waits for longer than the deadline
+    server.process.send_signal(signal.SIGCONT)
+    wait_until(lambda: engine.scheduler.manager.match_keys(b"") == 0 and not is_suspended(engine))
+    request.num_computed_tokens = PROMPT
+    assert engine.scheduler.finished(request, [PUT])
+    wait_until(lambda: any("first" in released for (released, _), _ in engine.step()))
+    assert_found(engine, "second", stored_by=engine)
+
+
+def is_suspended(engine: PlayedEngine) -> bool:
+    """Whether the server owes an answer still."""
+    return engine.scheduler.manager._link._awaited is not None  # type: ignore[union-attr]
 
 
 def test_server_dies_between_the_promise_and_the_load(server: ServerProcess, engine: PlayedEngine) -> None:
