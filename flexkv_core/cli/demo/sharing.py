@@ -41,6 +41,8 @@ from flexkv_core.cli.harness.stores import LOOPBACK, mooncake_master, redis_serv
 BLOCK_TOKENS = 64
 ANSWER_TOKENS = 16
 WRITE_TIMEOUT_S = 60.0
+SETTLED_S = 1.0
+"""A server that has written nothing for so long has written what it had to."""
 STORES = ("directory", "s3", "valkey", "mooncake")
 _WRITTEN = "vllm:flexkv_remote_written_blocks_total"
 
@@ -172,7 +174,7 @@ def _ask_both(first: VllmClient, second: VllmClient, course: _Course, number: in
     the first to compute one token and the second all."""
     prompt = course.prompt(first, number)
     blocks = (len(prompt) - 1) // BLOCK_TOKENS
-    before = first.metrics().total(_WRITTEN)
+    before = 0.0 if course.roles else _settled(first)
     computed = first.complete(prompt, 1 if course.roles else ANSWER_TOKENS, logprobs=True)
     written_after_s = 0.0 if course.roles else _wait_written(first, before + blocks)
     shared = second.complete(prompt, ANSWER_TOKENS, logprobs=True)
@@ -192,16 +194,33 @@ def _ask_both(first: VllmClient, second: VllmClient, course: _Course, number: in
     }
 
 
+def _settled(client: VllmClient) -> float:
+    """Blocks that the server has written, once nothing of what it was asked before is still on its way to the store."""
+    seen, since = -1.0, time.monotonic()
+    deadline = since + WRITE_TIMEOUT_S
+    while time.monotonic() < since + SETTLED_S:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the first server still writes after {WRITE_TIMEOUT_S:.0f} s")
+        if (written := _written(client)) != seen:
+            seen, since = written, time.monotonic()
+        time.sleep(0.02)
+    return seen
+
+
 def _wait_written(client: VllmClient, blocks: float) -> float:
-    """Until the server says that it has written so many in all; how long that was. vLLM counts only while it computes, so it is given
-    something to do."""
+    """Until the server has written so many in all; how long that was, in seconds."""
     begun = time.monotonic()
-    while client.metrics().total(_WRITTEN) < blocks:
+    while _written(client) < blocks:
         if time.monotonic() > begun + WRITE_TIMEOUT_S:
             raise TimeoutError(f"the first server has not written its blocks within {WRITE_TIMEOUT_S:.0f} s")
-        client.complete([1, 2, 3], 1)
         time.sleep(0.02)
     return time.monotonic() - begun
+
+
+def _written(client: VllmClient) -> float:
+    """Blocks that the server says it has written. vLLM counts only while it computes, so it is given something to do."""
+    client.complete([1, 2, 3], 1)
+    return client.metrics().total(_WRITTEN)
 
 
 def _median(asked: list[dict[str, Any]], name: str) -> float:
