@@ -200,13 +200,14 @@ def test_other_weights_find_nothing(make: MakeTree) -> None:
     assert tree.match(tree.request("new", tokens)) == 160
 
 
-def test_a_restart_finds_the_ssd(make: MakeTree, tmp_path: Path) -> None:
+@pytest.mark.parametrize("salt", [None, "one"])
+def test_a_restart_finds_the_ssd(make: MakeTree, tmp_path: Path, salt: str | None) -> None:
     settings = {"ssd_dirs": [str(tmp_path)], "ssd_bytes": "64MiB"}
     tree, tokens = make(**settings), new_prompt(13, 161)
-    tree.store(tokens)
+    tree.store(tokens, salt)
     tree.close()
     again = make(**settings)
-    req = again.request("again", tokens)
+    req = again.request("again", tokens, salt)
     again.cache.linker.queued(req)
     while again.cache.linker.held([req]):
         time.sleep(0.001)
