@@ -34,7 +34,7 @@ from transformers import (
 
 from tests.e2e.tiny_checkpoints import REWRITE
 
-FORMAT = 2
+FORMAT = 3
 _VOCABULARY = 49152
 _LOGIT_SCALE = 3.0
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -60,7 +60,8 @@ def _llama() -> PreTrainedModel:
 
 
 def _mla() -> PreTrainedModel:
-    """Two dense layers of multi-head latent attention; vLLM never ties its head, so neither does the checkpoint."""
+    """Two dense layers of multi-head latent attention; vLLM never ties its head, so neither does the checkpoint, and SGLang asks how often
+    a layer has experts even where none has."""
     return DeepseekV2ForCausalLM(
         DeepseekV2Config(
             vocab_size=_VOCABULARY,
@@ -69,6 +70,7 @@ def _mla() -> PreTrainedModel:
             moe_intermediate_size=128,
             num_hidden_layers=2,
             first_k_dense_replace=2,
+            moe_layer_freq=1,
             num_attention_heads=4,
             num_key_value_heads=4,
             q_lora_rank=None,

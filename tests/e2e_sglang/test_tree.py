@@ -16,6 +16,7 @@ import pytest
 from flexkv_core.config import FlexKVConfig
 from flexkv_core.errors import ConfigError, TransferError
 from flexkv_kernels.copier import CpuCopier
+from flexkv_sglang.compat import engine as engine_compat
 from flexkv_sglang.compat import tree as tree_compat
 from flexkv_sglang.layout import check_supported
 from flexkv_sglang.preflight import check_before_weights
@@ -200,13 +201,14 @@ def test_other_weights_find_nothing(make: MakeTree) -> None:
     assert tree.match(tree.request("new", tokens)) == 160
 
 
-def test_a_restart_finds_the_ssd(make: MakeTree, tmp_path: Path) -> None:
+@pytest.mark.parametrize("salt", [None, "one"])
+def test_a_restart_finds_the_ssd(make: MakeTree, tmp_path: Path, salt: str | None) -> None:
     settings = {"ssd_dirs": [str(tmp_path)], "ssd_bytes": "64MiB"}
     tree, tokens = make(**settings), new_prompt(13, 161)
-    tree.store(tokens)
+    tree.store(tokens, salt)
     tree.close()
     again = make(**settings)
-    req = again.request("again", tokens)
+    req = again.request("again", tokens, salt)
     again.cache.linker.queued(req)
     while again.cache.linker.held([req]):
         time.sleep(0.001)
@@ -298,3 +300,11 @@ def test_what_is_known_early_is_refused_early(
 def test_which_way_a_version_has(monkeypatch: pytest.MonkeyPatch, version: str, way: bool) -> None:
     monkeypatch.setattr(tree_compat, "engine_version", lambda: version)
     assert tree_compat.has_linker() is way
+
+
+@pytest.mark.parametrize(
+    "worker", [SimpleNamespace(ps=SimpleNamespace(dp_rank=1)), SimpleNamespace(dp_rank=1)]
+)
+def test_which_of_several_engines_an_older_worker_is(worker: Any) -> None:
+    assert engine_compat._dp_rank(worker) == 1
+    assert engine_compat._dp_rank(None) == 0

@@ -61,7 +61,7 @@ class FlexKVRadixCache(Driver, RadixCache):
 
     def __init__(self, context: TreeCacheBuildContext) -> None:
         params = context.params
-        engine = engine_of(context.server_args, params, components_of(context))
+        engine = engine_of(context.server_args, params, components_of(context), context.tp_worker)
         path = getattr(context.server_args, "flexkv_config_file", None)
         config = config_of_rank(load_config(path=path), engine)
         check_supported(engine, config)

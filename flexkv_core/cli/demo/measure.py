@@ -163,7 +163,10 @@ class Course:
             document = self._document(_OTHER_DOCUMENTS_SEED + number)
             text = f"{document.questions[number]} (document {number + 2})"
             prompt = _prompt(client, document, number)
-            self.asks.append(_ask(client, prompt, self._questions + number, text, state))
+            # A salt, because all prompts begin with the chat template, which may fill a small block.
+            self.asks.append(
+                _ask(client, prompt, self._questions + number, text, state, f"document {number}")
+            )
 
     def _warm_up(self, client: VllmClient) -> None:
         self._progress("warming up with another document")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import sglang
@@ -31,8 +30,11 @@ class Engine:
     lora_paths: tuple[tuple[str, str], ...]
 
 
-def engine_of(server_args: ServerArgs, params: CacheInitParams, components: Collection[str]) -> Engine:
-    """Read from what SGLang hands to a cache when it makes it; ``components`` are the parts of the model's KV, see :class:`Engine`."""
+def engine_of(
+    server_args: ServerArgs, params: CacheInitParams, components: Collection[str], worker: Any = None
+) -> Engine:
+    """Read from what SGLang hands to a cache when it makes it; ``components`` are the parts of the model's KV, see :class:`Engine`;
+    ``worker`` is SGLang's, where it hands that over too."""
     group = params.attn_tp_cache_group or params.tp_cache_group
     is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     loras = [ref for ref in getattr(server_args, "lora_paths", None) or () if hasattr(ref, "lora_id")]
@@ -41,7 +43,7 @@ def engine_of(server_args: ServerArgs, params: CacheInitParams, components: Coll
         page_size=params.page_size,
         tp_size=torch.distributed.get_world_size(group=group) if is_distributed else 1,
         tp_rank=torch.distributed.get_rank(group=group) if is_distributed else 0,
-        dp_rank=_dp_rank(),
+        dp_rank=_dp_rank(worker),
         has_draft_kv=bool(
             params.is_eagle
             or getattr(params, "mtp_draft_device_pools", ())
@@ -58,23 +60,28 @@ def engine_version() -> str:
     return str(sglang.__version__)
 
 
-def _dp_rank() -> int:
+def _dp_rank(worker: Any) -> int:
     """Which of several engines side by side this is; 0 for a single one."""
-    for rank_of in _dp_ranks():
+    for rank_of in _dp_ranks(worker):
         try:
             rank = rank_of()
-        except (AssertionError, AttributeError, RuntimeError, ValueError):  # not set in this process
+        except (AssertionError, AttributeError, RuntimeError, ValueError):  # not in this process or version
             continue
         if rank:
             return int(rank)
     return 0
 
 
-def _dp_ranks() -> tuple[Callable[[], int | None], ...]:
+def _dp_ranks(worker: Any) -> Iterator[Callable[[], int | None]]:
+    """Where versions have it: as one of several copies of the engine, and as one of those that share what lies behind the attention."""
     try:
         from sglang.srt.runtime_context import get_parallel
     except ImportError:  # before 0.5.14
         from sglang.srt.layers.dp_attention import get_attention_dp_rank
 
-        return (get_attention_dp_rank,)
-    return tuple(partial(getattr, get_parallel(), name) for name in ("attn_dp_rank", "dp_rank"))
+        yield get_attention_dp_rank
+    else:
+        yield lambda: get_parallel().attn_dp_rank
+        yield lambda: get_parallel().dp_rank  # 0.5.22 and later
+    yield lambda: worker.ps.dp_rank  # 0.5.20
+    yield lambda: worker.dp_rank  # 0.5.13
