@@ -146,23 +146,23 @@ def dequantise_kernel(  # type: ignore[no-untyped-def]
             tl.store(piece + offsets, (half | ((code & 0x80) << 8)).to(tl.int16), mask=mask)
 
 
-VECTORS = {8: (8, 16), 4: (4, 8), 2: (4, 8), 1: (4, 8)}
-"""How many values one thread may have under way, by those of one access: what stays within 40 registers on every target."""
+VECTORS = (8, 1)
+"""Values of one access: 16 bytes where the addresses allow it, otherwise one value, which is slow and right."""
+
+_TILES = {8: 8 * THREADS, 1: 4 * THREADS}
 
 
 def choose_variant(segments: DeviceSegments, image: QuantisedImage) -> tuple[int, int]:
     """(VECTOR, TILE) for these segments, and for images that begin at multiples of 16 bytes."""
     alignment = int(np.gcd.reduce(np.concatenate([segments.addresses, segments.strides])))
-    alignment = int(np.gcd.reduce([alignment, segments.piece_bytes, 2 * IMAGE_ALIGNMENT_BYTES]))
-    vector = min(VECTOR_BYTES_MAX, alignment & -alignment) // VALUE_BYTES
-    values = image.piece_bytes // VALUE_BYTES
-    tiles = [THREADS * count for count in VECTORS[vector]]
-    return vector, next((tile for tile in tiles if tile >= values), tiles[-1])
+    alignment = int(np.gcd.reduce([alignment, image.piece_bytes, 2 * IMAGE_ALIGNMENT_BYTES]))
+    vector = 8 if alignment % VECTOR_BYTES_MAX == 0 else 1
+    return vector, _TILES[vector]
 
 
 def all_variants() -> list[tuple[int, int]]:
     """Every (VECTOR, TILE) that :func:`choose_variant` can choose."""
-    return [(vector, THREADS * count) for vector, counts in VECTORS.items() for count in counts]
+    return [(vector, _TILES[vector]) for vector in VECTORS]
 
 
 def quantise(
