@@ -302,7 +302,9 @@ class FlexKVConfig(BaseSettings):
     @classmethod
     def _comparable(cls, share: float, info: ValidationInfo) -> float:
         if share and info.data.get("store_dtype") == "fp8":
-            raise ValueError("with store_dtype = fp8 stored bytes cannot be compared; set one of the two back")
+            raise ValueError(
+                "with store_dtype = fp8 stored bytes cannot be compared; set one of the two back"
+            )
         return share
 
     @field_validator("remote_url")

@@ -61,7 +61,9 @@ class QuantisedImage:
     def of(cls, segments: DeviceSegments, scales: int) -> QuantisedImage:
         """Of a device's blocks; raises LayoutError also where values do not begin at whole addresses."""
         if (segments.addresses % 2).any() or (segments.strides % 2).any():
-            raise LayoutError("KV tensors: found segments at odd addresses or strides; expected bfloat16 values")
+            raise LayoutError(
+                "KV tensors: found segments at odd addresses or strides; expected bfloat16 values"
+            )
         return cls(segments.piece_bytes, len(segments.addresses), scales)
 
     @property

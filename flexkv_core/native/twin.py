@@ -208,7 +208,13 @@ def quantise(
 ) -> None:
     """Paged blocks of bfloat16 to images of fp8; see ``_native.pyi``."""
     paging, ids, places = _quantisable(
-        segment_addrs, block_strides, piece_bytes, blocks, block_count, images, (scales_offset, image_bytes, 0)
+        segment_addrs,
+        block_strides,
+        piece_bytes,
+        blocks,
+        block_count,
+        images,
+        (scales_offset, image_bytes, 0),
     )
     for block, place in zip(ids, places, strict=True):
         image = _memory(place, image_bytes)

@@ -48,7 +48,8 @@ def dequantised(codes: _Array, scale: np.float32) -> _Array:
 
 
 def _floats(values: _Array) -> npt.NDArray[np.float32]:
-    return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    floats: npt.NDArray[np.float32] = (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return floats
 
 
 def _to_bfloat16(bits: _Array) -> _Array:
@@ -56,4 +57,5 @@ def _to_bfloat16(bits: _Array) -> _Array:
     low, half = bits & np.uint32(0xFFFF), np.uint32(0x8000)
     upper = bits >> np.uint32(16)
     is_up = (low > half) | ((low == half) & (upper % 2 == 1))
-    return (upper + is_up).astype(np.uint16)
+    rounded: _Array = (upper + is_up).astype(np.uint16)
+    return rounded

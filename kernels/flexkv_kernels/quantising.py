@@ -38,15 +38,15 @@ def check_slots(image: QuantisedImage, host: HostSegment) -> None:
 def finite_slots(host: HostSegment, shard: int, slots: Slots, image: QuantisedImage) -> npt.NDArray[np.bool_]:
     """bool [n]: whether every scale in a shard of ``slots`` is finite, which says that every value was."""
     layout = host.layout
+    memory = (ctypes.c_uint8 * (host.slot_count * layout.slot_bytes)).from_address(host.address)
     scales: npt.NDArray[np.float32] = np.ndarray(
         (host.slot_count, layout.blocks_per_slot, image.segment_count),
         np.float32,
-        (ctypes.c_uint8 * (host.slot_count * layout.slot_bytes)).from_address(host.address),
+        memoryview(memory).cast("B"),
         shard * layout.shard_bytes + image.scales_offset,
         (layout.slot_bytes, layout.device_block_bytes, 4),
     )
-    finite: npt.NDArray[np.bool_] = np.isfinite(scales[slots]).all(axis=(1, 2))
-    return finite
+    return np.asarray(np.isfinite(scales[slots]).all(axis=(1, 2)))
 
 
 class QuantisingCpuCopier:

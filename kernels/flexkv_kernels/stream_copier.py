@@ -295,4 +295,3 @@ def staging_rings(address: int, buffer_bytes: int, buffers: int) -> tuple[Stagin
     """Two rings, for stores and for loads, in ``2 * buffers * buffer_bytes`` of device memory."""
     places = [StagingBuffer(address + index * buffer_bytes, buffer_bytes) for index in range(2 * buffers)]
     return StagingRing(places[:buffers]), StagingRing(places[buffers:])
-

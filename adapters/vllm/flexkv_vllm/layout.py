@@ -150,9 +150,7 @@ def slot_layout(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config:
     return quantised_layout(layout, 2 * max(ranks_of(vllm_config, kv_cache_config).stage_layers))
 
 
-def engine_layout(
-    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: FlexKVConfig
-) -> KVLayout:
+def engine_layout(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: FlexKVConfig) -> KVLayout:
     """The shape of a slot that holds the engine's own bytes; raises as :func:`slot_layout`."""
     groups = Groups.of(kv_cache_config, config.tokens_per_block)
     ranks = ranks_of(vllm_config, kv_cache_config)

@@ -65,7 +65,7 @@ class _Run:
 
     def there(self) -> list[str]:
         mine, theirs = self._buffer(self.device), self._buffer("cpu")
-        quantise(*self._arguments(mine))
+        self._call(quantise, mine)
         native.quantise(**self._native(theirs))
         wrong = int((mine.cpu() != theirs).sum())
         self.images = theirs
@@ -80,7 +80,7 @@ class _Run:
         if self.case.layerwise:
             runs = [run for layer in range(self.segments.layer_count) for run in self.segments.runs_of(layer)]
         for run in runs:
-            dequantise(*self._arguments(images), run=run)
+            self._call(dequantise, images, run=run)
         native.dequantise(**self._native(self.images))
         pairs = zip(self.tensors, self.wanted, strict=True)
         wrong = [
@@ -93,14 +93,14 @@ class _Run:
     def _buffer(self, device: str) -> torch.Tensor:
         return torch.full((self.size,), 0xA5, dtype=torch.uint8, device=device)
 
-    def _arguments(self, buffer: torch.Tensor) -> tuple[Any, ...]:
+    def _call(self, kernel, buffer: torch.Tensor, **how: slice | None) -> None:  # type: ignore[no-untyped-def]
         named = self.blocks.copy()
         if self.case.skip:
             named[0] = -1
         lists = (
             torch.from_numpy(array).to(self.device) for array in (named, buffer.data_ptr() + self.offsets)
         )
-        return self.table, *lists, self.image, self.variant, self.case.programs
+        kernel(self.table, *lists, self.image, self.variant, self.case.programs, **how)
 
     def _native(self, buffer: torch.Tensor) -> dict[str, Any]:
         segments = pieces_of(self.wanted, self.case.geometry.block_dim)

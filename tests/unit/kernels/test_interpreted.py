@@ -76,7 +76,9 @@ def test_rounding_to_fp8(interpreter: Interpreter, layout: str) -> None:
 def test_rounding_pieces_longer_than_a_tile_with_a_tail(interpreter: Interpreter, dim: int) -> None:
     """Both widths of access, by what divides a piece."""
     case = QuantisedCase(
-        Geometry("kv_outer", "bf16", 3, tokens=1501 if dim < 24 else 67, layers=1, heads=1, dim=dim), dim, moved=3
+        Geometry("kv_outer", "bf16", 3, tokens=1501 if dim < 24 else 67, layers=1, heads=1, dim=dim),
+        dim,
+        moved=3,
     )
     assert not interpreter.differences(case)
 

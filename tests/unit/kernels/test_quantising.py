@@ -197,7 +197,9 @@ def test_images_are_aligned_and_hold_what_they_must(pieces: int, values: int, sc
     assert image.scales_offset % 4 == 0
     assert image.image_bytes % 16 == 0
     assert 0 <= image.image_bytes - image.scales_offset - 4 * scales < 16
-    assert quantised_layout(KVLayout(1, 1, 2 * pieces * values), scales).device_block_bytes == image.image_bytes
+    assert (
+        quantised_layout(KVLayout(1, 1, 2 * pieces * values), scales).device_block_bytes == image.image_bytes
+    )
 
 
 def story(seed: int, removed: frozenset[Order] = frozenset()) -> list[str]:
@@ -263,7 +265,9 @@ def _round_trip_of_random_layout(seed: int) -> None:
     whole = torch.from_numpy(rng.standard_normal((blocks, layers, heads, tokens, dim))).to(torch.bfloat16)
     kinds = {
         "packed": [whole[:, layer] for layer in range(layers)],
-        "heads outside": [whole[:, layer].movedim(1, 0).contiguous().movedim(0, 1) for layer in range(layers)],
+        "heads outside": [
+            whole[:, layer].movedim(1, 0).contiguous().movedim(0, 1) for layer in range(layers)
+        ],
     }
     tensors = kinds[("packed", "heads outside")[seed % 2]]
     segments = pieces_of(tensors)

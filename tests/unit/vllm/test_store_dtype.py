@@ -52,9 +52,7 @@ def engine() -> Iterator[PlayedEngine]:
 
 def wanted(engine: PlayedEngine, rank: int) -> torch.Tensor:
     """What must come back of the blocks that were put."""
-    return rounded(engine.bytes_of(rank, PUT).flatten(2)[..., None]).reshape(
-        engine.bytes_of(rank, PUT).shape
-    )
+    return rounded(engine.bytes_of(rank, PUT).flatten(2)[..., None]).reshape(engine.bytes_of(rank, PUT).shape)
 
 
 @pytest.mark.parametrize("in_step", [False, True])
@@ -183,9 +181,7 @@ def test_stages_of_unequal_length_share_a_slot() -> None:
     for stage, layers in enumerate(ranks.stage_layers):
         for rank in range(2):
             storage = torch.randn(layers, blocks, piece // 2).to(torch.bfloat16)
-            segments, spare = fill_shard(
-                pieces_of(list(storage)), layout.device_block_bytes, storage.device
-            )
+            segments, spare = fill_shard(pieces_of(list(storage)), layout.device_block_bytes, storage.device)
             copier = copier_over(segments, storage.device, spare, host.layout.scales)
             copier.bind(host, ranks.shard(stage, rank))
             copier.gather(TransferOp(1, Direction.STORE, keys, slots, moved), None)
