@@ -68,7 +68,10 @@ def test_latent_attention(make: MakeTree, page_size: int) -> None:
 @pytest.mark.parametrize("page_size", [1, 16])
 def test_kv_kept_as_fp8(make: MakeTree, page_size: int, is_mla: bool) -> None:
     """A page's values come back as the rounding says, a scale for each page of each tensor."""
-    tree, tokens = make(page_size, is_mla=is_mla, dtype=torch.bfloat16, store_dtype="fp8"), new_prompt(15, 201)
+    tree, tokens = (
+        make(page_size, is_mla=is_mla, dtype=torch.bfloat16, store_dtype="fp8"),
+        new_prompt(15, 201),
+    )
     first = tree.request("first", tokens)
     tree.prefill(first)
     before = tree.values(first, 192).float()
