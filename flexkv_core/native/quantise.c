@@ -9,6 +9,7 @@
 #define INFINITY_BITS 0x7f80u      /* of bfloat16; what is above is NaN */
 #define LARGEST_BITS 0x43e00000    /* 448, the largest float8_e4m3fn */
 #define LEAST_NORMAL_BITS 0x3c800000 /* 2^-6 */
+#define EXPONENT_BITS 0x7f800000
 #define SUBNORMALS_MAX 8           /* magnitudes below it have no leading one */
 
 typedef struct {
@@ -30,6 +31,13 @@ static inline float float_of(uint32_t bits) {
     return value;
 }
 
+/* `below` where value < bound, `other` elsewhere: by masks, because a compiler may put what only one side of a condition needs into a branch,
+ * and float operations in a branch keep it from vectorising. */
+static inline int32_t choose(int32_t value, int32_t bound, int32_t below, int32_t other) {
+    int32_t mask = -(value < bound);
+    return (below & mask) | (other & ~mask);
+}
+
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE uint32_t largest_of(const uint16_t *values, size_t n) {
@@ -46,11 +54,13 @@ INLINE void quantise_all(uint8_t *restrict to, const uint16_t *restrict values, 
         uint32_t bits = bits_of(float_of((uint32_t)values[i] << 16) / scale);
         int32_t magnitude = (int32_t)(bits & 0x7fffffff);
         magnitude = magnitude < LARGEST_BITS ? magnitude : LARGEST_BITS;
-        /* 20 of the 23 bits go, to the nearest, ties to even; exponents are 120 apart. */
-        int32_t normal = ((magnitude + 0x7ffff + (magnitude >> 20 & 1)) >> 20) - (120 << 3);
-        /* Below 2^-6 the steps are of 2^-9, as are those of floats from 2^14 on: the addition rounds. */
-        int32_t subnormal = (int32_t)(bits_of(float_of((uint32_t)magnitude) + 0x1p14f) - bits_of(0x1p14f));
-        int32_t rounded = magnitude < LEAST_NORMAL_BITS ? subnormal : normal;
+        /* From a power of two on, the steps of an 8-bit float are an eighth of it, as are those of a float from 2^20 times as much on: so
+         * adding that rounds to the nearest, ties to even, and counts the steps. Below 2^-6 they stay those of 2^-6. */
+        int32_t power = magnitude & EXPONENT_BITS;
+        power = power > LEAST_NORMAL_BITS ? power : LEAST_NORMAL_BITS;
+        int32_t coarse = power + (20 << 23);
+        int32_t steps = (int32_t)bits_of(float_of((uint32_t)magnitude) + float_of((uint32_t)coarse)) - coarse;
+        int32_t rounded = ((power - LEAST_NORMAL_BITS) >> 20) + steps;
         to[i] = (uint8_t)((uint32_t)rounded | (bits >> 24 & 0x80));
     }
 }
@@ -58,9 +68,9 @@ INLINE void quantise_all(uint8_t *restrict to, const uint16_t *restrict values, 
 INLINE void dequantise_all(uint16_t *restrict to, const uint8_t *restrict from, size_t n, float scale) {
     for (size_t i = 0; i < n; i++) {
         int32_t magnitude = from[i] & 0x7f;
-        uint32_t normal = ((uint32_t)magnitude << 20) + (120u << 23);
-        uint32_t subnormal = bits_of((float)magnitude * 0x1p-9f);
-        float value = float_of(magnitude < SUBNORMALS_MAX ? subnormal : normal) * scale;
+        int32_t normal = (magnitude << 20) + (120 << 23);
+        int32_t subnormal = (int32_t)bits_of((float)magnitude * 0x1p-9f);
+        float value = float_of((uint32_t)choose(magnitude, SUBNORMALS_MAX, subnormal, normal)) * scale;
         uint32_t bits = bits_of(value) | (uint32_t)(from[i] & 0x80) << 24;
         to[i] = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
     }
