@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
+from typing import Any
 
 import numpy as np
 
@@ -27,8 +29,9 @@ def rounding_figures(rounds: int) -> dict[str, float]:
     pool = np.ones(_BLOCKS * image.image_bytes, np.uint8)
     figures: dict[str, list[float]] = {}
     for _ in range(rounds):
-        arguments = {
-            "segment_addrs": paged.ctypes.data + np.arange(_SEGMENTS, dtype=np.int64) * _BLOCKS * _PIECE_BYTES,
+        arguments: dict[str, Any] = {
+            "segment_addrs": paged.ctypes.data
+            + np.arange(_SEGMENTS, dtype=np.int64) * _BLOCKS * _PIECE_BYTES,
             "block_strides": np.full(_SEGMENTS, _PIECE_BYTES, np.int64),
             "piece_bytes": _PIECE_BYTES,
             "blocks": rng.permutation(_BLOCKS),
@@ -43,7 +46,7 @@ def rounding_figures(rounds: int) -> dict[str, float]:
 
         before = memcpy_s()
         for name, call in (("quantise", native.quantise), ("dequantise", native.dequantise)):
-            elapsed = _elapsed_s(lambda call=call: call(**arguments))  # type: ignore[misc]
+            elapsed = _elapsed_s(partial(call, **arguments))
             after = memcpy_s()
             figures.setdefault(f"{name}_16k_ratio", []).append((before + after) / 2 / elapsed)
             figures.setdefault(f"{name}_16k_gbs", []).append(paged.nbytes / elapsed / 1e9)
