@@ -20,6 +20,7 @@ TIERS_S = 30
 
 
 def tiers(folder: Path) -> dict[str, object]:
+    (folder / "ssd").mkdir(exist_ok=True)
     return {
         "host_bytes": "64MiB",
         "ssd_dirs": [str(folder / "ssd")],
@@ -43,6 +44,18 @@ def rounded(bits: np.ndarray) -> np.ndarray:
     return back.view(torch.int16).numpy().view(np.uint16)
 
 
+def computed(engine: Engine) -> tuple[Answer, np.ndarray]:
+    """The prompt's answer without a cache, and what a hit must bring; its blocks are in every tier then."""
+    wait_until_up(engine)
+    cold = engine.ask(PROMPT)
+    assert cold.external_tokens == 0
+    wanted = rounded(held(engine, cold))
+    assert not (wanted == held(engine, cold)).all()
+    for what in ("ssd_written_blocks", "remote_written_blocks"):
+        wait_for(what, engine, BLOCKS)
+    return cold, wanted
+
+
 def wait_for(what: str, engine: Engine, blocks: int) -> None:
     deadline = time.monotonic() + TIERS_S
     while getattr(engine.manager.counters(), what) < blocks:
@@ -57,25 +70,10 @@ def wait_until_up(engine: Engine) -> None:
         time.sleep(0.02)
 
 
-def test_hits_bring_rounded_values_and_exact_engines_none(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    layerwise: list[int] = []
-    scatter_layers = QuantisingCpuCopier.scatter_layers
-
-    def watched(copier, op, after, on_layer):  # type: ignore[no-untyped-def]
-        layerwise.append(op.op_id)
-        scatter_layers(copier, op, after, on_layer)
-
-    monkeypatch.setattr(QuantisingCpuCopier, "scatter_layers", watched)
-    (tmp_path / "ssd").mkdir()
+def test_hits_bring_rounded_values_and_exact_engines_find_none(llama: Path, tmp_path: Path) -> None:
+    """Two engines over the same directories and the same store."""
     with Engine(llama, {"store_dtype": "fp8", **tiers(tmp_path)}, BF16) as engine:
-        wait_until_up(engine)
-        cold = engine.ask(PROMPT)
-        wanted = rounded(held(engine, cold))
-        assert not (wanted == held(engine, cold)).all()
-        wait_for("ssd_written_blocks", engine, BLOCKS)
-        wait_for("remote_written_blocks", engine, BLOCKS)
+        cold, wanted = computed(engine)
         engine.reset()
         hit = engine.ask(PROMPT)
         assert hit.external_tokens == BLOCKS * BLOCK_TOKENS
@@ -88,16 +86,32 @@ def test_hits_bring_rounded_values_and_exact_engines_none(
         exact = engine.ask(PROMPT)
         assert exact.external_tokens == 0, "an exact engine read rounded bytes"
         assert exact.token_ids == cold.token_ids
-        computed = held(engine, exact)
+        right = held(engine, exact)
         engine.reset()
         again = engine.ask(PROMPT)
         assert again.external_tokens == BLOCKS * BLOCK_TOKENS
-        assert (held(engine, again) == computed).all()
+        assert (held(engine, again) == right).all()
         assert slot_bytes < 0.6 * engine.manager.layout.slot_bytes
-        wait_for("remote_written_blocks", engine, BLOCKS)
+
+
+@pytest.mark.extended
+def test_every_tier_brings_rounded_values(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the SSD after a restart, from host memory layer by layer, and from the store alone."""
+    layerwise: list[int] = []
+    scatter_layers = QuantisingCpuCopier.scatter_layers
+
+    def watched(copier, op, after, on_layer):  # type: ignore[no-untyped-def]
+        layerwise.append(op.op_id)
+        scatter_layers(copier, op, after, on_layer)
+
+    monkeypatch.setattr(QuantisingCpuCopier, "scatter_layers", watched)
+    with Engine(llama, {"store_dtype": "fp8", **tiers(tmp_path)}, BF16) as engine:
+        _, wanted = computed(engine)
 
     settings = {"store_dtype": "fp8", "layerwise_bytes_max": "1GiB", **tiers(tmp_path)}
-    with Engine(llama, settings, {**BF16, "async_scheduling": False}) as engine:  # warm from its SSD
+    with Engine(llama, settings, {**BF16, "async_scheduling": False}) as engine:
         wait_until_up(engine)
         from_ssd = engine.ask(PROMPT)
         assert from_ssd.external_tokens == BLOCKS * BLOCK_TOKENS
@@ -111,7 +125,7 @@ def test_hits_bring_rounded_values_and_exact_engines_none(
         assert by_layers.token_ids == from_ssd.token_ids
 
     alone = {name: value for name, value in tiers(tmp_path).items() if not name.startswith("ssd")}
-    with Engine(llama, {"store_dtype": "fp8", **alone}, BF16) as engine:  # nothing but the store
+    with Engine(llama, {"store_dtype": "fp8", **alone}, BF16) as engine:
         wait_until_up(engine)
         from_store = engine.ask(PROMPT)
         assert from_store.external_tokens == BLOCKS * BLOCK_TOKENS

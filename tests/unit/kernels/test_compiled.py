@@ -36,7 +36,13 @@ def test_variant_is_wide_and_small(target: str, access: Access, to_images: bool)
 
 
 @pytest.mark.parametrize("to_images", [True, False], ids=["quantise", "dequantise"])
-@pytest.mark.parametrize("variant", all_variants(), ids=str)
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param(variant, id=str(variant), marks=[] if variant[0] > 1 else [pytest.mark.extended])
+        for variant in all_variants()
+    ],
+)
 @pytest.mark.parametrize("target", TARGETS)
 def test_rounding_variant_is_wide_and_small(target: str, variant: tuple[int, int], to_images: bool) -> None:
     """bfloat16 values are read or written as wide as the variant says, their 8-bit forms half as wide."""

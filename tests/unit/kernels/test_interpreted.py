@@ -63,13 +63,11 @@ def test_checksum_on_the_way(interpreter: Interpreter, gap: int) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rounding_to_fp8(interpreter: Interpreter, layout: str) -> None:
-    """Block sizes, tails, left-out blocks, spare scales, and back layer by layer."""
-    for tokens in (1, 3, 16):
-        case = QuantisedCase(
-            Geometry(layout, "bf16", 4, tokens, layers=2), tokens, moved=3, spare=tokens % 5, skip=tokens == 3
-        )
+    """Odd pieces with left-out blocks and back layer by layer; whole ones with spare scales."""
+    odd = QuantisedCase(Geometry(layout, "bf16", 4, 3, layers=2), 3, moved=3, skip=True, layerwise=True)
+    whole = QuantisedCase(Geometry(layout, "bf16", 4, 16, layers=2), 16, moved=2, spare=1)
+    for case in (odd, whole):
         assert not interpreter.differences(case), case
-        assert not interpreter.differences(replace(case, layerwise=True)), case
 
 
 @pytest.mark.parametrize("dim", [24, 1])

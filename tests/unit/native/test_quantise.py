@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-shared_fixture = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+shared_fixture = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
 
 Bits = npt.NDArray[np.uint16]
 EVERY = np.arange(1 << 16, dtype=np.uint16)
