@@ -27,6 +27,7 @@ from flexkv_core.errors import CapacityError, ClosedError
 from flexkv_core.keys import fingerprint
 from flexkv_core.layout import KVLayout
 from flexkv_core.metrics import Counters
+from flexkv_core.quantised import check_store_dtype
 from flexkv_core.remote_link import RemoteLink, remote_spec
 from flexkv_core.remote_policy import ThresholdPolicy
 from flexkv_core.ssd_link import SsdLink, ssd_spec
@@ -84,7 +85,10 @@ class ModelConfig:
 
 def root_key(model_config: ModelConfig, namespace: str) -> bytes:
     """The parent of every sequence's first key, 16 bytes. ``namespace``: the configuration's."""
-    identity = {**model_config.identity, "namespace": namespace, "layout": repr(model_config.layout)}
+    layout = model_config.layout
+    identity = {**model_config.identity, "namespace": namespace, "layout": repr(layout)}
+    if layout.scales:  # only there where bytes are rounded: all others keep the keys they have
+        identity["store_dtype"] = ["fp8", layout.scales]
     return fingerprint(identity)
 
 
@@ -97,6 +101,9 @@ class BlockManager:
         device: a copier of this process's device, or an executor that reaches other processes' devices.
         track_events: collect what comes to each tier and leaves it, for :meth:`take_events`.
         first_task: numbers of tasks begin above it. Where other processes outlive a manager, no later one may use its numbers again.
+
+    Raises:
+        ConfigError: ``store_dtype`` and the layout do not agree.
     """
 
     def __init__(
@@ -108,6 +115,7 @@ class BlockManager:
         first_task: int = 0,
     ) -> None:
         self.layout = model_config.layout
+        check_store_dtype(cache_config.store_dtype, self.layout)
         self.config = cache_config
         self._identity = {**model_config.identity, "namespace": cache_config.namespace}
         self.root = root_key(model_config, cache_config.namespace)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ByteSize, Field, ValidationError, field_validator
+from pydantic import ByteSize, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -131,6 +131,12 @@ class FlexKVConfig(BaseSettings):
         default=ByteSize(16 << 20),
         description="Bandwidth at which the SSD is read through in the background to find damage; 0: never.",
         json_schema_extra=_allowed(_SIZE) | {"default": "16 MiB"},
+    )
+    store_dtype: Literal["engine", "fp8"] = Field(
+        default="engine",
+        description="What all tiers hold: the engine's own bytes, or bfloat16 KV rounded to 8-bit floats, half the size. fp8 is lossy: "
+        "answers may differ from those without a cache.",
+        json_schema_extra=_allowed("engine or fp8"),
     )
     verify_checksums: bool = Field(
         default=True,
@@ -291,6 +297,15 @@ class FlexKVConfig(BaseSettings):
         description="Report stored and removed blocks to the engine when it publishes KV events.",
         json_schema_extra=_allowed(_SWITCH),
     )
+
+    @field_validator("verify_sample")
+    @classmethod
+    def _comparable(cls, share: float, info: ValidationInfo) -> float:
+        if share and info.data.get("store_dtype") == "fp8":
+            raise ValueError(
+                "with store_dtype = fp8 stored bytes cannot be compared; set one of the two back"
+            )
+        return share
 
     @field_validator("remote_url")
     @classmethod

@@ -5,6 +5,8 @@ lies at ``addresses[s] + b * strides[s]``. In a slot the pieces of one device bl
 block of the same FlexKV block, then the next rank's shard::
 
     slot = [shard 0: [device block 0: piece 0, piece 1, …] [device block 1: …] …] [shard 1: …] … padding to 4 KiB
+
+Where bytes are kept as fp8 (``store_dtype``), a device block's image is not its pieces but what :mod:`flexkv_core.quantised` says.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ class KVLayout:
         shard_count: ranks that write a part of each slot (tensor parallel); 1 where all ranks hold the same bytes.
         device_blocks: device blocks of one FlexKV block where the engine keeps several for the same tokens, because its layers have
             block tables of their own; 0: as many as ``tokens_per_block`` and ``device_block_tokens`` say.
+        scales: 0: a slot holds the engine's own bytes. Otherwise it holds fp8, with room for so many scales a device block, and
+            ``device_block_bytes`` is the size of such an image: made by :func:`flexkv_core.quantised.quantised_layout`.
 
     Raises:
         ConfigError: ``tokens_per_block`` is no multiple of ``device_block_tokens``.
@@ -43,14 +47,16 @@ class KVLayout:
     shard_count: int = 1
     # Not shown: the root of all keys covers what is shown, and models with one table keep the keys they have.
     device_blocks: int = field(default=0, repr=False)
+    scales: int = field(default=0, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("tokens_per_block", "device_block_tokens", "device_block_bytes", "shard_count"):
             value = getattr(self, name)
             if value <= 0:
                 raise LayoutError(f"{name} is {value}; it must be at least 1")
-        if self.device_blocks < 0:
-            raise LayoutError(f"device_blocks is {self.device_blocks}; it must not be negative")
+        for name in ("device_blocks", "scales"):
+            if getattr(self, name) < 0:
+                raise LayoutError(f"{name} is {getattr(self, name)}; it must not be negative")
         if self.tokens_per_block % self.device_block_tokens:
             raise ConfigError(
                 f"tokens_per_block = {self.tokens_per_block}: must be a multiple of the engine's block size,"
@@ -64,10 +70,8 @@ class KVLayout:
 
     def as_dict(self) -> dict[str, int]:
         """The fields, without those that are at their default and came later: what is recorded beside data stays as it was."""
-        values = asdict(self)
-        if not self.device_blocks:
-            del values["device_blocks"]
-        return values
+        later = ("device_blocks", "scales")
+        return {name: value for name, value in asdict(self).items() if value or name not in later}
 
     @property
     def shard_bytes(self) -> int:

@@ -42,6 +42,7 @@ class Counters:
     remote_breaker_openings: int = 0  # times that the remote store was left alone because it failed
     remote_restarts: int = 0  # of the remote process
     dropped_blocks: int = 0  # wanted to be stored, found no room
+    unstorable_blocks: int = 0  # with values that are not finite, which cannot be rounded
     prefetched_blocks: int = 0  # read from a lower tier before a load asked for them
     verify_checked: int = 0  # blocks of sampled hits that were compared with what the engine computed anew
     verify_mismatches: int = 0  # of those, blocks that were wrong; each left all tiers
@@ -60,6 +61,8 @@ class Counters:
             self.stored_bytes += blocks * block_bytes
             self.store_seconds += result.seconds
             self.failed_stores += result.status is OpStatus.FAILED
+            if result.status is OpStatus.DONE:
+                self.unstorable_blocks += len(result.ok) - blocks
 
     def as_dict(self) -> dict[str, int | float]:
         """The counters by name."""
@@ -103,6 +106,7 @@ COUNTER_WORDS = {
     "remote_breaker_openings": "Times that the remote store was left alone because it failed.",
     "remote_restarts": "Times that the remote process was started again.",
     "dropped_blocks": "Blocks that found no room.",
+    "unstorable_blocks": "Blocks with a NaN or an infinity, which fp8 cannot keep.",
     "prefetched_blocks": "Blocks read from a lower tier before a load asked for them.",
     "verify_checked": "Blocks of sampled hits that were compared with what the engine computed anew.",
     "verify_mismatches": "Blocks that were stored and are not what the engine computes; any is an alarm.",

@@ -25,6 +25,8 @@ except ImportError:
     scatter = twin.scatter
     gather_crc = twin.gather_crc
     scatter_verify = twin.scatter_verify
+    quantise = twin.quantise
+    dequantise = twin.dequantise
     INSTRUCTIONS = "python"
 else:
     NATIVE = True
@@ -36,6 +38,8 @@ else:
     scatter = _native.scatter
     gather_crc = _native.gather_crc
     scatter_verify = _native.scatter_verify
+    quantise = _native.quantise
+    dequantise = _native.dequantise
     INSTRUCTIONS = _native.INSTRUCTIONS
 
 __all__ = [
@@ -43,10 +47,12 @@ __all__ = [
     "NATIVE",
     "crc32c",
     "crc32c_slots",
+    "dequantise",
     "gather",
     "gather_crc",
     "hash_blocks",
     "pack_tokens",
+    "quantise",
     "scatter",
     "scatter_verify",
 ]

@@ -137,6 +137,41 @@ def scatter_verify(
     image of slot i, 0 where they hold zeros.
     """
 
+def quantise(
+    segment_addrs: Buffer,
+    block_strides: Buffer,
+    piece_bytes: int,
+    blocks: Buffer,
+    block_count: int,
+    images: Buffer,
+    scales_offset: int,
+    image_bytes: int,
+) -> None:
+    """Paged blocks of bfloat16 to images of fp8, as ``flexkv_core.quantised`` defines them.
+
+    With S segments and n blocks, for every i < n, s < S, the piece of piece_bytes at
+
+        segment_addrs[s] + blocks[i] * block_strides[s]
+
+    goes to images[i] + s * piece_bytes / 2, and its scale (float32) to images[i] + scales_offset + 4 * s; all other bytes of the image, which
+    has image_bytes, become 0. Where a piece holds a NaN or an infinity its scale is not finite. segment_addrs, block_strides: int64,
+    shape [S], multiples of 2. blocks: ids, shape [n], each in [0, block_count) (IndexError otherwise, before a byte is written). images:
+    int64 addresses, shape [n]. ValueError where the pieces do not fit before scales_offset, or their scales before image_bytes.
+    """
+
+def dequantise(
+    segment_addrs: Buffer,
+    block_strides: Buffer,
+    piece_bytes: int,
+    blocks: Buffer,
+    block_count: int,
+    images: Buffer,
+    scales_offset: int,
+    image_bytes: int,
+    first_segment: int = 0,
+) -> None:
+    """Images to paged blocks: quantise's arguments, the other way. The segments are those of the image from ``first_segment`` on."""
+
 class Uring:
     """io_uring over open files; ``flexkv_core.io.uring`` wraps it, and ``flexkv_core.io.base.IoEngine`` is its contract. It is missing
     where the extension was built without Linux's headers; there is no twin. One thread at a time (RuntimeError otherwise)."""

@@ -16,6 +16,9 @@ PyObject *fk_gather(PyObject *self, PyObject *args, PyObject *kwargs);
 PyObject *fk_scatter(PyObject *self, PyObject *args, PyObject *kwargs);
 PyObject *fk_gather_crc(PyObject *self, PyObject *args, PyObject *kwargs);
 PyObject *fk_scatter_verify(PyObject *self, PyObject *args, PyObject *kwargs);
+/* quantise.c */
+PyObject *fk_quantise(PyObject *self, PyObject *args, PyObject *kwargs);
+PyObject *fk_dequantise(PyObject *self, PyObject *args, PyObject *kwargs);
 /* index.c: adds the class RunIndex; -1 with an error set where that fails */
 int flexkv_add_index(PyObject *module);
 /* uring.c: adds the class Uring where the headers know io_uring; -1 with an error set where that fails */

@@ -24,6 +24,8 @@ static PyMethodDef methods[] = {
     {"scatter", KEYWORDS(fk_scatter)},
     {"gather_crc", KEYWORDS(fk_gather_crc)},
     {"scatter_verify", KEYWORDS(fk_scatter_verify)},
+    {"quantise", KEYWORDS(fk_quantise)},
+    {"dequantise", KEYWORDS(fk_dequantise)},
     {"select_instructions", select_instructions, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import xxhash
 
 from flexkv_core.native.twin_crc32c import crc_update
+from flexkv_core.native.twin_quantise import dequantised, quantised
 from flexkv_core.types import KEY_BYTES
 
 _Array = npt.NDArray[Any]
@@ -195,6 +196,88 @@ def scatter_verify(
     return mismatches
 
 
+def quantise(
+    segment_addrs: Any,
+    block_strides: Any,
+    piece_bytes: int,
+    blocks: Any,
+    block_count: int,
+    images: Any,
+    scales_offset: int,
+    image_bytes: int,
+) -> None:
+    """Paged blocks of bfloat16 to images of fp8; see ``_native.pyi``."""
+    paging, ids, places = _quantisable(
+        segment_addrs,
+        block_strides,
+        piece_bytes,
+        blocks,
+        block_count,
+        images,
+        (scales_offset, image_bytes, 0),
+    )
+    for block, place in zip(ids, places, strict=True):
+        image = _memory(place, image_bytes)
+        image[:] = 0
+        scales = image[scales_offset:].view(np.float32)
+        for index, (addr, at) in enumerate(paging.pieces(block)):
+            values = _memory(addr, piece_bytes).view(np.uint16)
+            rounded, scales[index] = quantised(values)
+            image[at // 2 : at // 2 + len(rounded)] = rounded
+
+
+def dequantise(
+    segment_addrs: Any,
+    block_strides: Any,
+    piece_bytes: int,
+    blocks: Any,
+    block_count: int,
+    images: Any,
+    scales_offset: int,
+    image_bytes: int,
+    first_segment: int = 0,
+) -> None:
+    """Images of fp8 to paged blocks; see ``_native.pyi``."""
+    place_in_image = (scales_offset, image_bytes, first_segment)
+    paging, ids, places = _quantisable(
+        segment_addrs, block_strides, piece_bytes, blocks, block_count, images, place_in_image
+    )
+    size = piece_bytes // 2
+    for block, place in zip(ids, places, strict=True):
+        image = _memory(place, image_bytes)
+        scales = image[scales_offset:].view(np.float32)[first_segment:]
+        for index, (addr, _) in enumerate(paging.pieces(block)):
+            at = (first_segment + index) * size
+            _memory(addr, piece_bytes).view(np.uint16)[:] = dequantised(image[at : at + size], scales[index])
+
+
+def _quantisable(
+    segment_addrs: Any,
+    block_strides: Any,
+    piece_bytes: int,
+    blocks: Any,
+    block_count: int,
+    images: Any,
+    place_in_image: tuple[int, int, int],
+) -> tuple[_Paging, _Array, list[int]]:
+    """What both directions take, checked: the pieces, int64 [n, 1] blocks, and their images' addresses."""
+    scales_offset, image_bytes, first = place_in_image
+    if piece_bytes < 0 or piece_bytes % 2:
+        raise ValueError(f"piece_bytes is {piece_bytes}, expected whole bfloat16 values")
+    paging = _Paging.of(segment_addrs, block_strides, piece_bytes, block_count, 1)
+    stop = first + len(paging.segment_addrs)
+    if first < 0 or stop * (piece_bytes // 2) > scales_offset or scales_offset + 4 * stop > image_bytes:
+        raise ValueError(
+            f"{len(paging.segment_addrs)} pieces of {piece_bytes // 2} bytes from {first} on do not fit an image of {image_bytes} bytes"
+            f" with scales at {scales_offset}"
+        )
+    places = _array(images, "images", (np.dtype(np.int64),)).tolist()
+    ids = _ids(blocks, "blocks")
+    _expect_length("images", len(places), len(ids))
+    _expect_ids("blocks", ids, block_count)
+    return paging, ids[:, None], places
+
+
 @dataclass(frozen=True)
 class _Paging:
     """Where blocks lie in the engine's memory, and how many of them make one slot's image."""
@@ -266,15 +349,16 @@ def _checked_ids(paging: _Paging, pool: _Pool, blocks: Any, slots: Any) -> tuple
             f"an image of {paging.image_bytes} bytes at shard_offset {pool.shard_offset} "
             f"does not lie in a slot of {pool.stride} bytes"
         )
-    for name, ids, count in (
-        ("blocks", block_ids, paging.block_count),
-        ("slots", slot_ids, pool.count),
-    ):
-        wrong = (ids < 0) | (ids >= count)
-        if wrong.any():
-            at = int(np.argmax(wrong))
-            raise IndexError(f"{name}[{at}] is {ids[at]}, expected 0 <= id < {count}")
+    _expect_ids("blocks", block_ids, paging.block_count)
+    _expect_ids("slots", slot_ids, pool.count)
     return block_ids, slot_ids
+
+
+def _expect_ids(name: str, ids: _Array, count: int) -> None:
+    wrong = (ids < 0) | (ids >= count)
+    if wrong.any():
+        at = int(np.argmax(wrong))
+        raise IndexError(f"{name}[{at}] is {ids[at]}, expected 0 <= id < {count}")
 
 
 def _gather_slot(paging: _Paging, pool: _Pool, block_ids: _Array, slot_ids: _Array, i: int) -> None:

@@ -26,6 +26,7 @@ from flexkv_core.cache.tier_events import TierEvent
 from flexkv_core.config import FlexKVConfig
 from flexkv_core.errors import FlexKVError
 from flexkv_core.metrics import Counters
+from flexkv_core.quantised import check_store_dtype
 from flexkv_core.serve.link import Link, Refused, open_link
 from flexkv_core.serve.tenants import Greeting
 from flexkv_core.serve.wire import (
@@ -98,6 +99,7 @@ class SharedBlocks:
         assert cache_config.server is not None
         if track_events:
             logger.info("KV events of the tiers of a server are not published by its engines")
+        check_store_dtype(cache_config.store_dtype, model_config.layout)
         self.layout, self.config = model_config.layout, cache_config
         self.root = root_key(model_config, cache_config.namespace)
         self._path = Path(cache_config.server)

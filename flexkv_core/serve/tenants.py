@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ByteSize
@@ -16,6 +16,7 @@ from flexkv_core.block_manager import BlockManager, ModelConfig, root_key
 from flexkv_core.config import FlexKVConfig
 from flexkv_core.errors import FlexKVError
 from flexkv_core.layout import KVLayout
+from flexkv_core.quantised import store_dtype_of
 from flexkv_core.serve.relay import RelayExecutor
 from flexkv_core.serve.session import Tenant
 from flexkv_core.serve.wire import VERSION, WireError
@@ -45,7 +46,7 @@ class Greeting:
             {
                 "version": VERSION,
                 "identity": dict(self.model.identity),
-                "layout": asdict(self.model.layout),
+                "layout": self.model.layout.as_dict(),
                 "namespace": self.namespace,
                 "root": self.root.hex(),
                 "name": self.name,
@@ -136,6 +137,8 @@ class Tenants:
             "namespace": greeting.namespace,
             "host_bytes": ByteSize(self._config.host_bytes // self._count_max),
             "ssd_bytes": ByteSize(self._config.ssd_bytes // self._count_max),
+            # What the slots hold is the engines' choice; the server only keeps them.
+            "store_dtype": store_dtype_of(greeting.model.layout),
         }
         relay = RelayExecutor()
         try:

@@ -223,12 +223,18 @@ class TransferEngine:
     def _store(self, item: _Queued) -> None:
         """Copy piece by piece, letting loads in between."""
         op, started = item.op, time.monotonic()
+        ok = np.ones(len(op.slots), np.bool_)
+
+        def copy(indices: npt.NDArray[np.intp]) -> None:
+            kept = self._copier.gather(op.part(indices), item.after)
+            if kept is not None:
+                ok[indices] = kept
+
         for start in range(0, len(op.slots), self._piece_blocks):
-            piece = op.part(np.arange(start, min(start + self._piece_blocks, len(op.slots))))
-            if not self._attempt(op, partial(self._copier.gather, piece, item.after)):
+            piece = np.arange(start, min(start + self._piece_blocks, len(op.slots)))
+            if not self._attempt(op, partial(copy, piece)):
                 return
             self._let_loads_in()
-        ok = np.ones(len(op.slots), np.bool_)
         self._report(OpResult(op.op_id, OpStatus.DONE, ok, time.monotonic() - started))
 
     def _attempt(self, op: TransferOp, copy: Callable[[], None]) -> bool:

@@ -139,8 +139,9 @@ class DeviceCopier(Protocol):
     def mark(self) -> object:
         """A point in the device's work: everything that the engine has submitted so far, on the calling thread's stream."""
 
-    def gather(self, op: TransferOp, after: object) -> None:
-        """Device blocks -> slots, once the device has passed ``after``; writes the slots' checksums. Returns when the bytes are there."""
+    def gather(self, op: TransferOp, after: object) -> npt.NDArray[np.bool_] | None:
+        """Device blocks -> slots, once the device has passed ``after``; writes the slots' checksums. Returns when the bytes are there: bool
+        [n], False for a slot whose bytes must not be used; None: all may be."""
 
     def scatter(self, op: TransferOp, after: object, verify: bool) -> npt.NDArray[np.bool_]:
         """Slots -> device blocks, once the device has passed ``after``; bool [n], False for a block whose bytes do not match their

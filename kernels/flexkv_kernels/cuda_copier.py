@@ -21,7 +21,6 @@ from flexkv_kernels.stream_copier import (
     BUFFERS,
     CopierSettings,
     StreamCopier,
-    check_block_bytes,
     staging_rings,
 )
 
@@ -44,13 +43,21 @@ class CudaCopier(StreamCopier):
         keep_alive: object = None,
     ) -> None:
         settings = settings or CopierSettings()
-        # Every image starts at a multiple of a block from a page or from a staging buffer.
-        alignment = segments.block_bytes & -segments.block_bytes
-        self._cuda = CudaStreams(device, segments, min(alignment, 256), settings.programs)
+        self._cuda = self._open_streams(device, segments, settings)
         super().__init__(self._cuda, segments, settings)
         self._device = device
         self._keep_alive = keep_alive
         self._pinned: PinnedRange | None = None
+
+    def _open_streams(
+        self, device: torch.device, segments: DeviceSegments, settings: CopierSettings
+    ) -> CudaStreams:
+        # Every image starts at a multiple of a block from a page or from a staging buffer.
+        alignment = segments.block_bytes & -segments.block_bytes
+        return CudaStreams(device, segments, min(alignment, 256), settings.programs)
+
+    def _image_bytes(self) -> int:
+        return self.segments.block_bytes
 
     @classmethod
     def from_tensors(
@@ -76,7 +83,7 @@ class CudaCopier(StreamCopier):
 
         Takes seconds; pinning and measuring are bounded. Slots that could not be pinned in whole are copied through staging memory.
         """
-        check_block_bytes(self.segments, host)
+        self.check_slots(host)
         layout, settings = host.layout, self._settings
         with torch.cuda.device(self._device):
             # The driver's calls want the device's context on this thread, which only some of torch's put there; this one does.
@@ -94,7 +101,9 @@ class CudaCopier(StreamCopier):
             torch.cuda.synchronize(self._device)
             modes = self._measure_modes(self._pinned)
         rings = staging_rings(self._staging.data_ptr(), buffer_bytes, BUFFERS)
-        paths = Paths(self._streams, self.segments, *rings, host.address, self._pinned.piece_bytes)
+        paths = Paths(
+            self._streams, self.segments, *rings, host.address, self._pinned.piece_bytes, self._image_bytes()
+        )
         logger.info("device copies: %s", modes)
         self.use(host, shard, paths, modes)
 

@@ -68,7 +68,8 @@ class _Step:
 
 @dataclass
 class Paths:
-    """Queues chunks on a device's streams. ``host_runs`` limits how far one DMA may run: see :func:`merge_runs`."""
+    """Queues chunks on a device's streams. ``host_run_bytes`` limits how far one DMA may run: see :func:`merge_runs`. ``image_bytes``: of an
+    image where it is not a block's bytes, which then only STAGED makes and takes apart; 0: it is."""
 
     streams: Streams
     segments: DeviceSegments
@@ -76,6 +77,10 @@ class Paths:
     load_ring: StagingRing
     host_base: int = 0
     host_run_bytes: int = field(default=1 << 62)
+    image_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self.image_bytes = self.image_bytes or self.segments.block_bytes
 
     def store(self, mode: Mode, chunks: Iterable[Chunk], after: object) -> Iterator[object]:
         """Blocks -> images once ``after`` has passed; for each chunk, in order, the event after which its bytes are there."""
@@ -167,14 +172,13 @@ class Paths:
         return pieces.ravel(), images.ravel(), np.full(pieces.size, segments.piece_bytes, np.int64)
 
     def _staged(self, buffer: StagingBuffer, chunk: Chunk) -> Addresses:
-        block_bytes = self.segments.block_bytes
-        assert len(chunk.blocks) * block_bytes <= buffer.size_bytes, (len(chunk.blocks), buffer.size_bytes)
-        return buffer.address + np.arange(len(chunk.blocks), dtype=np.int64) * block_bytes
+        image_bytes = self.image_bytes
+        assert len(chunk.blocks) * image_bytes <= buffer.size_bytes, (len(chunk.blocks), buffer.size_bytes)
+        return buffer.address + np.arange(len(chunk.blocks), dtype=np.int64) * image_bytes
 
     def _runs(self, buffer: StagingBuffer, chunk: Chunk) -> tuple[Addresses, Addresses, Addresses]:
         """The chunk as few copies: address in the staging buffer, in host memory, size."""
-        block_bytes = self.segments.block_bytes
-        images, sizes = merge_runs(chunk.images, block_bytes, self.host_base, self.host_run_bytes)
+        images, sizes = merge_runs(chunk.images, self.image_bytes, self.host_base, self.host_run_bytes)
         return buffer.address + np.cumsum(sizes) - sizes, images, sizes
 
 

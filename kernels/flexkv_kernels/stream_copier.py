@@ -106,7 +106,7 @@ class StreamCopier:
         Raises:
             LayoutError: the slots are made for blocks of another size.
         """
-        check_block_bytes(self.segments, host)
+        self.check_slots(host)
         self._host, self._shard, self._paths, self._modes = host, shard, paths, modes
         host.checksum_threads = self._settings.checksum_threads or min(
             CHECKSUM_THREADS_MAX, max(1, (os.cpu_count() or 1) // 2)
@@ -117,6 +117,18 @@ class StreamCopier:
         self._chunk_slots = {mode: max(1, unstaged) for mode in Mode}
         self._chunk_slots[Mode.STAGED] = max(1, paths.store_ring.buffers[0].size_bytes // shard_bytes)
 
+    def check_slots(self, host: HostSegment) -> None:
+        """Refuse slots that are made for blocks of another size.
+
+        Raises:
+            LayoutError: what was found and what was expected.
+        """
+        if self.segments.block_bytes != host.layout.device_block_bytes:
+            raise LayoutError(
+                f"KV tensors: found {self.segments.block_bytes} bytes a block in {len(self.segments.addresses)} segments; expected"
+                f" {host.layout.device_block_bytes} bytes"
+            )
+
     def close(self) -> None:
         """End the thread of the checksums."""
         self._checker.shutdown()
@@ -125,7 +137,7 @@ class StreamCopier:
         """An event on the calling thread's stream."""
         return self._streams.mark()
 
-    def gather(self, op: TransferOp, after: object) -> None:
+    def gather(self, op: TransferOp, after: object) -> npt.NDArray[np.bool_]:
         """Blocks -> slots and their checksums, chunk by chunk; see the protocol."""
         self._refuse_what_cannot_be(op)
         mode = self._modes.choose(Direction.STORE, self._op_bytes(op))
@@ -140,8 +152,7 @@ class StreamCopier:
                     taken.append(self._finish_store(*under_way.popleft(), start))
             while under_way:
                 taken.append(self._finish_store(*under_way.popleft(), start))
-            for check in taken:
-                check()
+            return np.concatenate([check() for check in taken])
 
     def scatter(self, op: TransferOp, after: object, verify: bool) -> npt.NDArray[np.bool_]:
         """Slots -> blocks, each slot checked in host memory before it is sent; see the protocol."""
@@ -284,16 +295,3 @@ def staging_rings(address: int, buffer_bytes: int, buffers: int) -> tuple[Stagin
     """Two rings, for stores and for loads, in ``2 * buffers * buffer_bytes`` of device memory."""
     places = [StagingBuffer(address + index * buffer_bytes, buffer_bytes) for index in range(2 * buffers)]
     return StagingRing(places[:buffers]), StagingRing(places[buffers:])
-
-
-def check_block_bytes(segments: DeviceSegments, host: HostSegment) -> None:
-    """Refuse slots that are made for blocks of another size.
-
-    Raises:
-        LayoutError: what was found and what was expected.
-    """
-    if segments.block_bytes != host.layout.device_block_bytes:
-        raise LayoutError(
-            f"KV tensors: found {segments.block_bytes} bytes a block in {len(segments.addresses)} segments; expected"
-            f" {host.layout.device_block_bytes} bytes"
-        )

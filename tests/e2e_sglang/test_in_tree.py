@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import sglang_on_cpu
+import torch
 from sglang.srt.runtime_context import get_parallel
 
 from flexkv_core.block_manager import BlockManager
@@ -28,11 +29,11 @@ from tests.e2e_sglang.tree import CONFIG, LAYERS, Pools, Tree
 class InTree(Tree):
     """The same requests as the native adapter's tests send."""
 
-    def __init__(self, model: str, page_size: int, tokens: int) -> None:
+    def __init__(self, model: str, page_size: int, tokens: int, dtype: torch.dtype = torch.float32) -> None:
         from sglang.srt.mem_cache.storage.flexkv.flexkv_radix_cache import FlexKVRadixCache
 
         sglang_on_cpu.register()  # in a server SGLang does it
-        pools = Pools(model, page_size, tokens)
+        pools = Pools(model, page_size, tokens, dtype=dtype)
         config = SimpleNamespace(num_hidden_layers=LAYERS, attention_arch="AttentionArch.MHA")
         with get_parallel().override(world_group=SimpleNamespace(cpu_group=None)):
             cache = FlexKVRadixCache(
@@ -67,8 +68,8 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
     (tmp_path / "config.json").write_text(CONFIG)
     made: list[InTree] = []
 
-    def make_tree(page_size: int = 1, tokens: int = 512) -> InTree:
-        made.append(InTree(str(tmp_path), page_size, tokens))
+    def make_tree(page_size: int = 1, tokens: int = 512, dtype: torch.dtype = torch.float32) -> InTree:
+        made.append(InTree(str(tmp_path), page_size, tokens, dtype))
         return made[-1]
 
     yield make_tree
@@ -84,6 +85,26 @@ def test_bytes_come_back(make: Callable[..., InTree], page_size: int) -> None:
     req = tree.request("again", tokens)
     assert tree.prefill(req) == 192
     assert tree.wrong_positions(req) == []
+
+
+def test_kv_kept_as_fp8(make: Callable[..., InTree], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token's values come back as the rounding says; a pool of another data type ends the process with the reason."""
+    monkeypatch.setenv("FLEXKV_STORE_DTYPE", "fp8")
+    tree, tokens = make(dtype=torch.bfloat16), new_prompt(3, 201)
+    first = tree.request("first", tokens)
+    tree.prefill(first)
+    before = tree.values(first, 192).float()
+    tree.finish(first)
+    tree.settle()
+    tree.flush()
+    req = tree.request("again", tokens)
+    assert tree.prefill(req) == 192
+    scale = before.abs().amax(-1, keepdim=True) / 448
+    wanted = ((before / scale).to(torch.float8_e4m3fn).float() * scale).to(torch.bfloat16)
+    assert torch.equal(tree.values(req, 192), wanted)
+    assert not torch.equal(wanted.float(), before)
+    with pytest.raises(SystemExit, match="has dtype float32; only bfloat16"):
+        make()
 
 
 def test_what_the_device_holds_is_not_loaded(make: Callable[..., InTree]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from flexkv_core.config import FlexKVConfig
 from flexkv_core.errors import ConfigError, TransferError
@@ -62,6 +63,34 @@ def test_latent_attention(make: MakeTree, page_size: int) -> None:
     req = tree.request("again", tokens, "mine")
     assert tree.prefill(req) == 192
     assert tree.wrong_positions(req) == []
+
+
+@pytest.mark.parametrize("is_mla", [False, True])
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_kv_kept_as_fp8(make: MakeTree, page_size: int, is_mla: bool) -> None:
+    """A page's values come back as the rounding says, a scale for each page of each tensor."""
+    tree, tokens = (
+        make(page_size, is_mla=is_mla, dtype=torch.bfloat16, store_dtype="fp8"),
+        new_prompt(15, 201),
+    )
+    first = tree.request("first", tokens)
+    tree.prefill(first)
+    before = tree.values(first, 192).float()
+    tree.finish(first)
+    tree.settle()
+    tree.flush()
+    req = tree.request("again", tokens)
+    assert tree.prefill(req) == 192
+    pages = before.reshape(len(before), 192 // page_size, -1)
+    scale = pages.abs().amax(-1, keepdim=True) / 448
+    wanted = ((pages / scale).to(torch.float8_e4m3fn).float() * scale).to(torch.bfloat16)
+    assert torch.equal(tree.values(req, 192), wanted.reshape(before.shape))
+    assert not torch.equal(wanted.reshape(before.shape).float(), before)
+
+
+def test_fp8_of_a_pool_in_float32_is_refused(make: MakeTree) -> None:
+    with pytest.raises(ConfigError, match="has dtype float32; only bfloat16"):
+        make(store_dtype="fp8")
 
 
 def test_only_what_the_device_lacks_is_loaded(make: MakeTree) -> None:

@@ -32,11 +32,20 @@ CONFIG = '{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}'
 class Pools:
     """A scheduler's pools, and what its tree is made of."""
 
-    def __init__(self, model: str, page_size: int, tokens: int, is_mla: bool = False) -> None:
-        self.server_args = ServerArgs(model_path=model, device="cpu", page_size=page_size, dtype="float32")
+    def __init__(
+        self,
+        model: str,
+        page_size: int,
+        tokens: int,
+        is_mla: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        name = str(dtype).removeprefix("torch.")
+        self.server_args = ServerArgs(model_path=model, device="cpu", page_size=page_size, dtype=name)
         publish(self.server_args, role="test")
-        self.kv = _mla_pool(page_size, tokens) if is_mla else _mha_pool(page_size, tokens)
-        common = (torch.float32, "cpu", self.kv, False)
+        make_pool = _mla_pool if is_mla else _mha_pool
+        self.kv = make_pool(page_size, tokens, dtype)
+        common = (dtype, "cpu", self.kv, False)
         self.allocator: Any = (
             TokenToKVPoolAllocator(tokens, *common)
             if page_size == 1
@@ -53,11 +62,11 @@ class Pools:
         )
 
 
-def _mha_pool(page_size: int, tokens: int) -> MHATokenToKVPool:
+def _mha_pool(page_size: int, tokens: int, dtype: torch.dtype) -> MHATokenToKVPool:
     return MHATokenToKVPool(
         size=tokens,
         page_size=page_size,
-        dtype=torch.float32,
+        dtype=dtype,
         head_num=HEADS,
         head_dim=HEAD_DIM,
         layer_num=LAYERS,
@@ -66,12 +75,12 @@ def _mha_pool(page_size: int, tokens: int) -> MHATokenToKVPool:
     )
 
 
-def _mla_pool(page_size: int, tokens: int) -> MLATokenToKVPool:
+def _mla_pool(page_size: int, tokens: int, dtype: torch.dtype) -> MLATokenToKVPool:
     """One tensor a layer, of a token's latent and its rotated part."""
     return MLATokenToKVPool(
         size=tokens,
         page_size=page_size,
-        dtype=torch.float32,
+        dtype=dtype,
         kv_lora_rank=12,
         qk_rope_head_dim=4,
         layer_num=LAYERS,
@@ -173,6 +182,11 @@ class Tree(ABC):
         self.rows.clear()
         self.allocator.clear()
 
+    def values(self, req: Req, positions: int) -> torch.Tensor:
+        """[tensors, positions, values]: what the pool holds of the first positions of a prefilled request."""
+        slots = self.rows.req_to_token[req.kv.req_pool_idx, :positions].long()
+        return torch.stack([tensor[slots].flatten(1) for tensor in self._tensors()])
+
     def wrong_positions(self, req: Req) -> list[int]:
         """Positions of a prefilled request whose KV is not what computing gives."""
         row = self.rows.req_to_token[req.kv.req_pool_idx, : len(req.full_untruncated_fill_ids)].tolist()
@@ -197,9 +211,15 @@ class NativeTree(Tree):
     """With FlexKV's linker. ``settings`` are FlexKV's; with ``is_mla`` the KV is that of multi-head latent attention."""
 
     def __init__(
-        self, model: str, page_size: int, tokens: int, is_mla: bool = False, **settings: object
+        self,
+        model: str,
+        page_size: int,
+        tokens: int,
+        is_mla: bool = False,
+        dtype: torch.dtype = torch.float32,
+        **settings: object,
     ) -> None:
-        pools = Pools(model, page_size, tokens, is_mla)
+        pools = Pools(model, page_size, tokens, is_mla, dtype)
         cache = UnifiedRadixCache(pools.params)
         super().__init__(pools, cache)
         components = set(cache.components)

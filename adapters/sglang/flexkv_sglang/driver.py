@@ -101,7 +101,7 @@ def open_side(
     side = SchedulerSide(
         model,
         config,
-        copier_over(device_segments(engine), device, engine.pool),
+        copier_over(device_segments(engine), device, engine.pool, model.layout.scales),
         agree,
         is_alone=engine.tp_size == 1,
         events=EventLog(model.layout.tokens_per_block) if has_events else None,

@@ -19,8 +19,8 @@ from flexkv_core.block_manager import ModelConfig
 from flexkv_core.config import FlexKVConfig, load_config
 from flexkv_core.errors import ConfigError, FlexKVError
 from flexkv_core.keys import hash_tokens, namespace_root
-from flexkv_core.layout import KVLayout
 from flexkv_core.manager import Blocks
+from flexkv_core.quantised import check_quantisable
 from flexkv_core.serve.choice import open_blocks
 from flexkv_core.tasks import KVResponse, TaskDone
 from flexkv_core.token_tasks import first_true, token_array
@@ -29,7 +29,7 @@ from flexkv_kernels import copier_over
 from flexkv_kernels.segments import pieces_of
 from flexkv_sglang.compat import in_tree_hooks
 from flexkv_sglang.compat.in_tree_hooks import current_namespace
-from flexkv_sglang.layout import BLOCK_TOKENS, check_engine, server_identity
+from flexkv_sglang.layout import check_engine, layout_for, server_identity
 from flexkv_sglang.stats import PromMetrics
 
 if TYPE_CHECKING:
@@ -206,13 +206,11 @@ class InTreeManager:
             tensor[: layout.num_block * page].unflatten(0, (layout.num_block, page)) for tensor in tensors
         ]
         segments = pieces_of(pages)
-        shape = KVLayout(
-            tokens_per_block=config.tokens_per_block or -(-BLOCK_TOKENS // page) * page,
-            device_block_tokens=page,
-            device_block_bytes=segments.block_bytes,
-        )
+        if config.store_dtype == "fp8":
+            check_quantisable(str(tensors[0].dtype).removeprefix("torch."))
+        shape = layout_for(segments, page, config)
         identity = {**self._model.identity, "kv": repr(layout), "kv_dtype": str(tensors[0].dtype)}
-        copier = copier_over(segments, tensors[0].device, list(tensors))
+        copier = copier_over(segments, tensors[0].device, list(tensors), shape.scales)
         blocks = open_blocks(ModelConfig(identity, shape, self._replica), config, copier)
         blocks.start()
         self.blocks, self.root = blocks, blocks.root

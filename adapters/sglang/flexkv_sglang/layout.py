@@ -12,6 +12,7 @@ import torch
 from flexkv_core.config import FlexKVConfig
 from flexkv_core.errors import ConfigError, LayoutError
 from flexkv_core.layout import DeviceSegments, KVLayout
+from flexkv_core.quantised import check_quantisable, quantised_layout
 from flexkv_core.weights import weights_identity
 from flexkv_kernels.segments import pieces_of
 from flexkv_sglang.compat.engine import Engine, engine_version
@@ -75,6 +76,8 @@ def check_supported(engine: Engine, config: FlexKVConfig) -> None:
     pool = type(engine.pool).__name__
     if pool not in (_MHA, _MLA):
         raise ConfigError(f"FlexKV: the model's KV lies in a {pool}; supported are {_MHA} and {_MLA}")
+    if config.store_dtype == "fp8":
+        check_quantisable(str(_tensors(engine.pool)[0].dtype).removeprefix("torch."))
     if any(getattr(engine.pool, name, None) is not None for name in ("k_scale_buffer", "kv_scale_buffer")):
         raise ConfigError(
             f"FlexKV: --kv-cache-dtype {engine.server_args.kv_cache_dtype} keeps scales apart from the KV, which is not supported yet;"
@@ -88,12 +91,17 @@ def slot_layout(engine: Engine, config: FlexKVConfig) -> KVLayout:
     Raises:
         ConfigError: ``tokens_per_block`` is no multiple of the page.
     """
-    page = engine.page_size
-    return KVLayout(
+    return layout_for(device_segments(engine), engine.page_size, config)
+
+
+def layout_for(segments: DeviceSegments, page: int, config: FlexKVConfig) -> KVLayout:
+    """The shape of a slot of pages of ``page`` tokens, which ``segments`` hold; raises as :func:`slot_layout`."""
+    layout = KVLayout(
         tokens_per_block=config.tokens_per_block or -(-BLOCK_TOKENS // page) * page,
         device_block_tokens=page,
-        device_block_bytes=device_segments(engine).block_bytes,
+        device_block_bytes=segments.block_bytes,
     )
+    return layout if config.store_dtype == "engine" else quantised_layout(layout, len(segments.addresses))
 
 
 def device_segments(engine: Engine) -> DeviceSegments:

@@ -15,6 +15,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, MLAAttent
 from flexkv_core.config import FlexKVConfig
 from flexkv_core.errors import ConfigError, LayoutError
 from flexkv_core.layout import DeviceSegments, KVLayout
+from flexkv_core.quantised import check_quantisable, quantised_layout
 from flexkv_core.verify import TOLERANCES
 from flexkv_core.weights import weights_identity
 from flexkv_kernels.segments import pieces_of
@@ -57,6 +58,8 @@ def check_engine(vllm_config: VllmConfig, config: FlexKVConfig) -> None:
             " a restart; leave it off and use a checkpoint with scales"
         )
     dtype = _kv_dtype(vllm_config)
+    if config.store_dtype == "fp8":
+        check_quantisable(dtype)
     if config.verify_sample and dtype not in TOLERANCES:
         raise ConfigError(
             f"verify_sample = {config.verify_sample}: the KV cache has dtype {dtype}, which cannot be compared; set it to 0. Dtypes that"
@@ -97,6 +100,8 @@ def check_supported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, con
 def _check_groups(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: FlexKVConfig) -> None:
     """What cannot be done for a model with several groups."""
     groups = kv_cache_config.kv_cache_groups
+    if config.store_dtype == "fp8":
+        _check_quantisable_groups(kv_cache_config)
     if len(groups) == 1:
         return
     stages = vllm_config.parallel_config.pipeline_parallel_size
@@ -114,6 +119,19 @@ def _check_groups(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, confi
         )
 
 
+def _check_quantisable_groups(kv_cache_config: KVCacheConfig) -> None:
+    """What cannot be kept as fp8."""
+    count = len(kv_cache_config.kv_cache_groups)
+    if count > 1:
+        # Blocks of the groups lie over each other, and what a group does not fill are bytes that nobody wrote: no values to be scaled.
+        raise ConfigError(
+            f"store_dtype = fp8: the model keeps its KV in {count} groups of layers, which is not supported yet; set it to engine, or start"
+            " vLLM with --disable-hybrid-kv-cache-manager"
+        )
+    for _, spec in _layer_specs(kv_cache_config):
+        check_quantisable(str(getattr(spec, "dtype", "unknown")).removeprefix("torch."))
+
+
 def ranks_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Ranks:
     """How the engine's ranks share a slot; equal in the scheduler and all workers."""
     return Ranks.of(vllm_config, [spec for _, spec in _layer_specs(kv_cache_config)])
@@ -125,6 +143,15 @@ def slot_layout(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config:
     Raises:
         ConfigError: ``tokens_per_block`` is no multiple of the engine's block size.
     """
+    layout = engine_layout(vllm_config, kv_cache_config, config)
+    if config.store_dtype == "engine":
+        return layout
+    # The scheduler does not know whether K and V lie apart; there is room for a scale of each.
+    return quantised_layout(layout, 2 * max(ranks_of(vllm_config, kv_cache_config).stage_layers))
+
+
+def engine_layout(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: FlexKVConfig) -> KVLayout:
+    """The shape of a slot that holds the engine's own bytes; raises as :func:`slot_layout`."""
     groups = Groups.of(kv_cache_config, config.tokens_per_block)
     ranks = ranks_of(vllm_config, kv_cache_config)
     sizes = [spec.page_size_bytes for _, spec in _layer_specs(kv_cache_config)]

@@ -25,7 +25,14 @@ from flexkv_core.verify import TOLERANCES, ShadowCopier
 from flexkv_kernels import copier_over
 from flexkv_vllm.groups import Groups
 from flexkv_vllm.in_step import InStepLoads
-from flexkv_vllm.layout import check_supported, device_segments, layer_numbers, ranks_of, slot_layout
+from flexkv_vllm.layout import (
+    check_supported,
+    device_segments,
+    engine_layout,
+    layer_numbers,
+    ranks_of,
+    slot_layout,
+)
 from flexkv_vllm.metadata import StepMetadata, WorkerResults
 from flexkv_vllm.ranks import fill_shard
 
@@ -79,10 +86,11 @@ class WorkerSide:
         ranks = ranks_of(self._vllm_config, self._kv_cache_config)
         found = device_segments(kv_caches, self._kv_cache_config)
         tensor = next(iter(kv_caches.values()))
-        segments, spare = fill_shard(found, self._layout.device_block_bytes, tensor.device)
+        block_bytes = engine_layout(self._vllm_config, self._kv_cache_config, self._config).device_block_bytes
+        segments, spare = fill_shard(found, block_bytes, tensor.device)
         memory = (kv_caches, spare)
         self._shard, self._writes = ranks.shard(stage, tensor_rank), ranks.writes(tensor_rank)
-        self._copier = copier_over(segments, tensor.device, memory)
+        self._copier = copier_over(segments, tensor.device, memory, self._layout.scales)
         numbers = layer_numbers(kv_caches, self._kv_cache_config)
         self._in_step = InStepLoads(numbers, self._config.transfer_timeout_s)
         dtype = str(tensor.dtype).removeprefix("torch.")

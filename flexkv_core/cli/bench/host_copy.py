@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flexkv_core import native
+from flexkv_core.cli.bench.rounding import rounding_figures
 from flexkv_core.types import KEY_BYTES
 
 _LAYERS = 32
@@ -107,6 +108,7 @@ def run(quick: bool = False) -> dict[str, float]:
             )
         for of_layout in of_layouts:
             figures |= of_layout
+    figures |= rounding_figures(arena.rounds)
     figures["crc32c_gbs"] = crc32c_gbs()
     figures["hash_block_ns"] = hash_block_ns()
     return figures

@@ -60,10 +60,11 @@ def _driver_version() -> str:
 def _check(figures: Figures, no_races: bool) -> list[str]:
     from flexkv_kernels.gpu_bench.checks import check_kernels
     from flexkv_kernels.gpu_bench.copier_check import check_copier, removals_noticed
+    from flexkv_kernels.gpu_bench.quantising_check import check_quantising_copier
 
     start = time.monotonic()
     count, wrong = check_kernels()
-    wrong += check_copier()
+    wrong += check_copier() + check_quantising_copier()
     print(
         f"{count} copies by kernels and the copier's round trips: {len(wrong)} wrong ({time.monotonic() - start:.0f} s)"
     )

@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Iterator
 
 from flexkv_kernels.gpu_bench.geometry import DTYPES, LAYOUTS, Geometry
+from flexkv_kernels.gpu_bench.quantised_trip import quantised_cases, quantised_differences
 from flexkv_kernels.gpu_bench.round_trip import Case, differences
 
 BLOCK_SIZES = (1, 2, 16, 64, 128, 256)
@@ -36,4 +37,7 @@ def check_kernels() -> tuple[int, list[str]]:
     for case in kernel_cases(seed):
         count += 1
         wrong += [f"{case}: {text}" for text in differences(case, "cuda")]
+    for quantised in quantised_cases(seed):
+        count += 1
+        wrong += [f"{quantised}: {text}" for text in quantised_differences(quantised, "cuda")]
     return count, wrong

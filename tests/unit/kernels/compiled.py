@@ -16,6 +16,7 @@ from triton.runtime.jit import JITFunction
 
 from flexkv_kernels.access import THREADS, Access
 from flexkv_kernels.paged_copy import paged_copy_kernel
+from flexkv_kernels.quantised_copy import dequantise_kernel, quantise_kernel
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -34,6 +35,20 @@ _SIGNATURE = {
     "segment_start": "i32",
     "segment_count": "i32",
     "piece_bytes": "i32",
+}
+
+
+_ROUNDING_SIGNATURE = {
+    "segment_addresses": "*i64",
+    "segment_strides": "*i64",
+    "blocks": "*i64",
+    "images": "*i64",
+    "block_count": "i32",
+    "segment_start": "i32",
+    "segment_count": "i32",
+    "scale_count": "i32",
+    "piece_values": "i32",
+    "scales_offset": "i32",
 }
 
 
@@ -58,6 +73,21 @@ def compiled(target: str, access: Access, to_images: bool) -> CompiledKernel:
     source = ASTSource(
         JITFunction(paged_copy_kernel.fn),
         _SIGNATURE | dict.fromkeys(constants, "constexpr"),
+        constexprs=constants,
+    )
+    warps = THREADS // TARGETS[target].warp_size
+    return triton.compile(source, target=TARGETS[target], options={"num_warps": warps})
+
+
+@cache
+def compiled_rounding(target: str, variant: tuple[int, int], to_images: bool) -> CompiledKernel:
+    """The same of the kernels that round to fp8; ``variant``: values an access, and a tile."""
+    kernel = quantise_kernel if to_images else dequantise_kernel
+    constants = dict(zip(("VECTOR", "TILE"), variant, strict=True))
+    arguments = [name for name in kernel.arg_names if name not in constants]
+    source = ASTSource(
+        JITFunction(kernel.fn),
+        {name: _ROUNDING_SIGNATURE[name] for name in arguments} | dict.fromkeys(constants, "constexpr"),
         constexprs=constants,
     )
     warps = THREADS // TARGETS[target].warp_size

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import BinaryIO
 
+from flexkv_kernels.gpu_bench.quantised_trip import QuantisedCase
 from flexkv_kernels.gpu_bench.round_trip import Case
 
 _ROOT = Path(__file__).parents[3]
@@ -32,8 +33,8 @@ class Interpreter:
             env=environment,
         )
 
-    def differences(self, case: Case) -> list[str]:
-        """What :func:`~flexkv_kernels.gpu_bench.round_trip.differences` says there."""
+    def differences(self, case: Case | QuantisedCase) -> list[str]:
+        """What :func:`~flexkv_kernels.gpu_bench.round_trip.differences`, or the function of the same kind for what is rounded, says there."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         _send(self._process.stdin, case)
@@ -63,13 +64,14 @@ def _receive(stream: BinaryIO) -> object:
 def _serve() -> None:
     import traceback
 
+    from flexkv_kernels.gpu_bench.quantised_trip import quantised_differences
     from flexkv_kernels.gpu_bench.round_trip import differences
 
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not come between the answers
-    while isinstance(case := _receive(sys.stdin.buffer), Case):
+    while isinstance(case := _receive(sys.stdin.buffer), Case | QuantisedCase):
         try:
-            _send(output, differences(case))
+            _send(output, differences(case) if isinstance(case, Case) else quantised_differences(case))
         except Exception:  # noqa: BLE001  the process's edge: the test shows it
             _send(output, traceback.format_exc())
 

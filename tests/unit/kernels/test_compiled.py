@@ -7,9 +7,12 @@ import re
 import pytest
 
 from flexkv_kernels.access import Access, all_accesses
-from tests.unit.kernels.compiled import TARGETS, compiled, machine_code, resources
+from flexkv_kernels.quantised_copy import all_variants
+from tests.unit.kernels.compiled import TARGETS, compiled, compiled_rounding, machine_code, resources
 
 REGISTERS_MAX = 40
+ROUNDING_REGISTERS_MAX = 48
+"""The assembler of sm_100 has more loads under way in the search for the largest value; the others stay within 40."""
 
 # Payload accesses by width, (load, store). The tables are read with 8-byte loads, which is why loads are looked for by presence.
 SASS = {16: "{}.E.128", 8: "{}.E.64", 4: r"{}.E(?= |\.)", 2: "{}.E.U16", 1: "{}.E.U8"}
@@ -30,6 +33,28 @@ def test_variant_is_wide_and_small(target: str, access: Access, to_images: bool)
         assert re.search(access_pattern, code), f"no {access_pattern} in:\n{code[:4000]}"
     if access.vector_bytes == 16:
         assert len(_narrow_stores(target, code)) == 0
+
+
+@pytest.mark.parametrize("to_images", [True, False], ids=["quantise", "dequantise"])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param(variant, id=str(variant), marks=[] if variant[0] > 1 else [pytest.mark.extended])
+        for variant in all_variants()
+    ],
+)
+@pytest.mark.parametrize("target", TARGETS)
+def test_rounding_variant_is_wide_and_small(target: str, variant: tuple[int, int], to_images: bool) -> None:
+    """bfloat16 values are read or written as wide as the variant says, their 8-bit forms half as wide."""
+    kernel = compiled_rounding(target, variant, to_images)
+    found = resources(target, kernel)
+    assert found.spilled == 0
+    assert 8 <= found.registers <= (ROUNDING_REGISTERS_MAX if to_images else REGISTERS_MAX)
+    code = machine_code(target, kernel)
+    values, codes = 2 * variant[0], variant[0]
+    for width, way in zip((values, codes) if to_images else (codes, values), (0, 1), strict=True):
+        pattern = _payload_patterns(target, width)[way]
+        assert re.search(pattern, code), f"no {pattern} in:\n{code[:4000]}"
 
 
 def _payload_patterns(target: str, width: int) -> list[str]:

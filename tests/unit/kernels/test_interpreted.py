@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexkv_kernels.gpu_bench.geometry import DTYPES, LAYOUTS, Geometry
+from flexkv_kernels.gpu_bench.quantised_trip import QuantisedCase
 from flexkv_kernels.gpu_bench.round_trip import Case
 from tests.unit.kernels.interpreter import Interpreter
 
@@ -58,6 +59,26 @@ def test_checksum_on_the_way(interpreter: Interpreter, gap: int) -> None:
     case = Case(Geometry("pools", "bf16", 4, 33), seed=gap, moved=3, gap=gap, checksum=True)
     assert not interpreter.differences(case)
     assert not interpreter.differences(replace(case, skip=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rounding_to_fp8(interpreter: Interpreter, layout: str) -> None:
+    """Odd pieces with left-out blocks and back layer by layer; whole ones with spare scales."""
+    odd = QuantisedCase(Geometry(layout, "bf16", 4, 3, layers=2), 3, moved=3, skip=True, layerwise=True)
+    whole = QuantisedCase(Geometry(layout, "bf16", 4, 16, layers=2), 16, moved=2, spare=1)
+    for case in (odd, whole):
+        assert not interpreter.differences(case), case
+
+
+@pytest.mark.parametrize("dim", [24, 1])
+def test_rounding_pieces_longer_than_a_tile_with_a_tail(interpreter: Interpreter, dim: int) -> None:
+    """Both widths of access, by what divides a piece."""
+    case = QuantisedCase(
+        Geometry("kv_outer", "bf16", 3, tokens=1501 if dim < 24 else 67, layers=1, heads=1, dim=dim),
+        dim,
+        moved=3,
+    )
+    assert not interpreter.differences(case)
 
 
 geometries = st.builds(

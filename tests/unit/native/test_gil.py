@@ -50,7 +50,18 @@ def test_the_measurement_notices_a_call_that_holds_the_gil():
 
 
 @pytest.mark.parametrize(
-    "name", ["hash", "crc", "crc_slots", "gather", "scatter", "gather_crc", "scatter_verify"]
+    "name",
+    [
+        "hash",
+        "crc",
+        "crc_slots",
+        "gather",
+        "scatter",
+        "gather_crc",
+        "scatter_verify",
+        "quantise",
+        "dequantise",
+    ],
 )
 def test_another_thread_gets_on(native_module, name):
     source, target = np.zeros(_BYTES, np.uint8), np.zeros(_BYTES, np.uint8)
@@ -60,6 +71,8 @@ def test_another_thread_gets_on(native_module, name):
     segments, strides = np.array([source.ctypes.data]), np.array([piece])
     geometry = (segments, strides, piece, slots, count, target.ctypes.data, piece, slots, count)
     native_module.gather_crc(*geometry, keys, crcs)
+    images, half = target.ctypes.data + np.arange(count) * piece, piece // 2
+    rounding = (segments, strides, piece, slots, count, images, half, half + 4)
     calls = {
         "hash": lambda: native_module.hash_blocks(bytes(16), source.view(np.int32), 16),
         "crc": lambda: native_module.crc32c(source),
@@ -70,5 +83,7 @@ def test_another_thread_gets_on(native_module, name):
         "scatter": lambda: native_module.scatter(*geometry),
         "gather_crc": lambda: native_module.gather_crc(*geometry, keys, crcs),
         "scatter_verify": lambda: native_module.scatter_verify(*geometry, keys, crcs, ok),
+        "quantise": lambda: native_module.quantise(*rounding),
+        "dequantise": lambda: native_module.dequantise(*rounding),
     }
     assert steps_during(calls[name], repeats=5) > 0

@@ -31,18 +31,20 @@ TIMEOUT_S = 30
 
 
 class PlayedEngine:
-    """``ranks`` ranks of tensor parallelism; ``tensors`` are a rank's layers. ``role``: ``kv_role``. ``engine`` changes parts of vLLM's
-    configuration."""
+    """``ranks`` ranks of tensor parallelism; ``tensors`` are a rank's layers, of ``dtype``. ``role``: ``kv_role``. ``engine`` changes parts
+    of vLLM's configuration."""
 
     def __init__(
         self,
         ranks: int,
         role: str = "kv_both",
         engine: Mapping[str, Any] | None = None,
+        dtype: torch.dtype = torch.float32,
         **settings: object,
     ) -> None:
         vllm_config = SimpleNamespace(**{**vars(_vllm_config(ranks, role)), **(engine or {})})
-        spec = FullAttentionSpec(block_size=BLOCK_TOKENS, num_kv_heads=1, head_size=8, dtype=torch.float32)
+        vllm_config.model_config.dtype = dtype
+        spec = FullAttentionSpec(block_size=BLOCK_TOKENS, num_kv_heads=1, head_size=8, dtype=dtype)
         page = spec.page_size_bytes
         memory = KVCacheTensor(
             len(LAYERS) * BLOCKS * page, LAYERS, layer_stride=BLOCKS * page, block_stride=page
@@ -52,7 +54,8 @@ class PlayedEngine:
         self.scheduler = SchedulerSide(vllm_config, cache, config)
         self.evicted: set[int] = set()
         self.scheduler.bind(SimpleNamespace(evict_blocks=self.evicted.update))
-        self.tensors = [[torch.zeros(BLOCKS, 1, BLOCK_TOKENS, 16) for _ in LAYERS] for _ in range(ranks)]
+        shape = (BLOCKS, 1, BLOCK_TOKENS, 16)
+        self.tensors = [[torch.zeros(shape, dtype=dtype) for _ in LAYERS] for _ in range(ranks)]
         self.workers = []
         for rank, tensors in enumerate(self.tensors):
             worker = WorkerSide(vllm_config, cache, config)
@@ -63,7 +66,7 @@ class PlayedEngine:
         """Every rank fills the blocks with bytes of its own."""
         for tensors in self.tensors:
             for tensor in tensors:
-                tensor[blocks] = torch.rand(len(blocks), *tensor.shape[1:])
+                tensor[blocks] = torch.rand(len(blocks), *tensor.shape[1:]).to(tensor.dtype)
 
     def bytes_of(self, rank: int, blocks: list[int]) -> torch.Tensor:
         return torch.stack([tensor[blocks].clone() for tensor in self.tensors[rank]])
