@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing_extensions import Buffer
 
 INSTRUCTIONS: str
-"""The instructions that were chosen at import: "avx512", "sse42" or "generic"."""
+"""The instructions that were chosen at import: "avx512", "avx2", "sse42" or "generic"."""
 
 def select_instructions(name: str | None, /) -> None:
     """For tests and benchmarks: use this set of instructions, or the best for None. ValueError where the machine can't run it."""

@@ -65,9 +65,11 @@ const fk_kernels fk_kernels_generic = {
 #if defined(__x86_64__)
 static int runs_sse42(void) { return __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("pclmul"); }
 
+static int runs_avx2(void) { return runs_sse42() && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("vpclmulqdq"); }
+
 static int runs_avx512(void) {
-    return runs_sse42() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("vpclmulqdq");
+    return runs_avx2() && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 #endif
 
@@ -77,6 +79,10 @@ int fk_kernels_select(const char *name) {
     __builtin_cpu_init();
     if (runs_avx512() && (!name || !strcmp(name, "avx512"))) {
         fk_active = &fk_kernels_avx512;
+        return 1;
+    }
+    if (runs_avx2() && (!name || !strcmp(name, "avx2"))) {
+        fk_active = &fk_kernels_avx2;
         return 1;
     }
     if (runs_sse42() && (!name || !strcmp(name, "sse42"))) {

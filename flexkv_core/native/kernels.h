@@ -27,6 +27,7 @@ typedef struct {
 extern const fk_kernels fk_kernels_generic;
 #if defined(__x86_64__)
 extern const fk_kernels fk_kernels_sse42;  /* SSE4.2 and PCLMULQDQ: every server since 2010 */
+extern const fk_kernels fk_kernels_avx2;   /* AVX2 and VPCLMULQDQ: Zen 3, Alder Lake and later */
 extern const fk_kernels fk_kernels_avx512; /* AVX-512 and VPCLMULQDQ: Ice Lake, Zen 4 and later */
 #endif
 

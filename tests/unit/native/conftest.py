@@ -14,7 +14,7 @@ try:
 except ImportError:
     _native = None
 
-INSTRUCTIONS = ("generic", "sse42", "avx512")
+INSTRUCTIONS = ("generic", "sse42", "avx2", "avx512")
 
 
 @pytest.fixture(params=["twin", *INSTRUCTIONS])

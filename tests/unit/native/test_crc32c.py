@@ -157,6 +157,7 @@ def test_the_folding_constants_are_the_powers_they_claim_to_be():
     lanes_bits = 8 * 4096
     for name, distances in (
         ("kernels_avx512.c", (512, 1024, 2048, lanes_bits)),
+        ("kernels_avx2.c", (128, 256, 512)),
         ("kernels_sse42.c", (128, 512, lanes_bits)),
     ):
         defined = re.findall(
