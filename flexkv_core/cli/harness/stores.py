@@ -16,13 +16,24 @@ from flexkv_core.cli.harness.server import die_with_parent, free_port
 START_S = 30.0
 LOOPBACK = "127.0.0.1"
 
+_LOCALBUCKET = """
+import socketserver, sys
+socketserver.TCPServer.request_queue_size = 128
+from localbucket import main
+sys.exit(main())
+"""
+"""Its own queue holds 5 connections and it ends each one whose object is missing: of the 16 questions of a lookup some then waited for a second,
+until their connection was asked for again."""
+
 
 @contextlib.contextmanager
 def s3_server(folder: Path, host: str = LOOPBACK) -> Iterator[int]:
     """A server that speaks S3's protocol, with a bucket ``bkt``; its port. ``folder`` must not exist."""
     (folder / "bkt").mkdir(parents=True)
     port = free_port()
-    with _running([_tool("localbucket"), "--host", host, "--port", str(port), str(folder)], host, port):
+    _tool("localbucket")
+    command = [sys.executable, "-c", _LOCALBUCKET, "--host", host, "--port", str(port), str(folder)]
+    with _running(command, host, port):
         yield port
 
 
