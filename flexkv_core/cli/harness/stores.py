@@ -47,8 +47,9 @@ def redis_server(*options: str, port: int | None = None, host: str = LOOPBACK) -
 
 
 @contextlib.contextmanager
-def mooncake_master(host: str = LOOPBACK) -> Iterator[int]:
-    """Mooncake's master; its port."""
+def mooncake_master(host: str = LOOPBACK, lease_ms: int = 100) -> Iterator[int]:
+    """Mooncake's master; its port. ``lease_ms``: a read that takes longer than this fails, and a value is kept so long after one; Mooncake's
+    own default is 5,000, for which a test that fills the store would have to wait."""
     port, metrics = free_port(), free_port()
     command = [
         _tool("mooncake_master"),
@@ -56,7 +57,7 @@ def mooncake_master(host: str = LOOPBACK) -> Iterator[int]:
         f"--rpc_address={host}",
         f"--metrics_port={metrics}",
         "--metrics_host=127.0.0.1",
-        "--default_kv_lease_ttl=100",
+        f"--default_kv_lease_ttl={lease_ms}",
     ]
     with _running(command, host, port):
         yield port
