@@ -22,7 +22,7 @@ from flexkv_sglang.compat import tree as tree_compat
 from flexkv_sglang.layout import check_supported
 from flexkv_sglang.preflight import check_before_weights
 from tests.e2e_sglang.checks import new_prompt
-from tests.e2e_sglang.tree import CONFIG, NativeTree
+from tests.e2e_sglang.tree import CONFIG, NativeTree, rounded
 
 MakeTree = Callable[..., NativeTree]
 
@@ -81,11 +81,9 @@ def test_kv_kept_as_fp8(make: MakeTree, page_size: int, is_mla: bool) -> None:
     tree.flush()
     req = tree.request("again", tokens)
     assert tree.prefill(req) == 192
-    pages = before.reshape(len(before), 192 // page_size, -1)
-    scale = pages.abs().amax(-1, keepdim=True) / 448
-    wanted = ((pages / scale).to(torch.float8_e4m3fn).float() * scale).to(torch.bfloat16)
-    assert torch.equal(tree.values(req, 192), wanted.reshape(before.shape))
-    assert not torch.equal(wanted.reshape(before.shape).float(), before)
+    wanted = rounded(before.reshape(len(before), 192 // page_size, -1)).reshape(before.shape)
+    assert torch.equal(tree.values(req, 192), wanted)
+    assert not torch.equal(wanted.float(), before)
 
 
 def test_fp8_of_a_pool_in_float32_is_refused(make: MakeTree) -> None:

@@ -29,6 +29,12 @@ CONFIG = '{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}'
 """All of a model that is read: the content of its config.json."""
 
 
+def rounded(values: torch.Tensor) -> torch.Tensor:
+    """What comes back of float32 ``values`` [..., n] where KV is kept as fp8, by torch's own casts: bfloat16, a scale for each row of n."""
+    scale = values.abs().amax(-1, keepdim=True) / 448
+    return ((values / scale).to(torch.float8_e4m3fn).float() * scale).to(torch.bfloat16)
+
+
 class Pools:
     """A scheduler's pools, and what its tree is made of."""
 
