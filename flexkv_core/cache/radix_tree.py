@@ -27,6 +27,7 @@ Invariant: each block of a run that is attached to the tree is in at least one t
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -72,30 +73,34 @@ class PyRunIndex:
         total = len(keys) // KEY_BYTES
         if start < 0 or (out is not None and len(out) < total - start):
             raise ValueError(f"no room for the slots of blocks {start} to {total}")
+        keys = bytes(keys)  # the same object, where it is bytes already
         find = self._heads.get
-        position = at = 0
+        begin = at = 0
+        end_of_keys = KEY_BYTES * total
         found: Run | None = None
-        walked: list[Run] = []
-        while position < total:
-            begin = KEY_BYTES * position
-            run = find(bytes(keys[begin : begin + KEY_BYTES]))
+        walked: list[bytes] = []
+        while begin < end_of_keys:
+            run = find(keys[begin : begin + KEY_BYTES])
             # A head whose parent is not the run just left: the caller's keys are not chained. Stop rather than jump.
             if run is None or run.parent is not found or (run.writing and not through_writing):
                 break
             found = run
-            walked.append(run)
             at = run.length
+            walked.append(run.slots[tier] or run.tier_bytes(tier))
             end = begin + KEY_BYTES * at
             if keys[end - KEY_BYTES : end] != run.tail:
+                position = begin // KEY_BYTES
                 at = run.agreement(keys, position, min(at, total - position))
-            position += at
-            if at < run.length:
+                begin += KEY_BYTES * at
                 break
+            begin = end
         if found is None:
             return 0, -1, 0
+        position = begin // KEY_BYTES
         if out is not None and position > start:
-            joined = b"".join([run.slots[tier] or run.tier_bytes(tier) for run in walked])
-            out[: position - start] = np.frombuffer(joined, np.int32, position - start, SLOT_BYTES * start)
+            out[: position - start] = np.frombuffer(
+                b"".join(walked), np.int32, position - start, SLOT_BYTES * start
+            )
         return position, found.number, at
 
     def find(self, head: bytes) -> int:
@@ -347,29 +352,31 @@ class PyRunIndex:
         above = self._let_go(r)
         return -1 if above is None else above.number
 
-    def evict(self, run: int, tier: int, want: int) -> tuple[int, int, list[int], int]:
-        """Let go of up to ``want`` (at least 1) slots in ``tier``, from the run's tail. From the first block on that no tier holds
-        any more, the run is cut off, with all that is below it.
+    def evict(self, runs: Sequence[int], tier: int, want: int) -> tuple[int, int, bool, list[int], int]:
+        """Let go of up to ``want`` (at least 1) slots in ``tier``, of one run after the other, each from its tail. From the first block on
+        that no tier holds any more, a run is cut off, with all that is below it.
 
-        Returns (slots let go, or -1 and nothing happens if the run is not evictable; how many leading blocks may still have a
-        slot in the tier, 0: none and the array is gone; ids of runs that left the tree; a run whose :meth:`leaves` may have changed, or -1).
+        Ends at a run that is not evictable (or is gone meanwhile), and after one that let something above become evictable: that is for
+        the caller to put in its place first. Returns (slots let go; how many of ``runs``, from the first, have no slot in the tier any more;
+        whether the next of them is not evictable; ids of runs that left the tree; a run whose :meth:`leaves` may have changed, or -1).
         """
-        r = self._runs[run]
         if want < 1:
             raise ValueError(f"cannot evict {want} slots")
-        if not r.evictable(tier):
-            return -1, r.length, [], -1
-        slots = r.tier_slots(tier)
-        places = np.flatnonzero(slots >= 0)
-        held = places[-want:]
-        left = int(places[-want - 1]) + 1 if len(places) > want else 0
-        if len(held):
-            self._freed[tier].append(slots[held])
-        self._note_removed(r, tier, left)
-        slots[left:] = NOT_THERE
-        r.set_tier(tier, slots.tobytes() if left else None)
-        gone, above = self._cut_holes(r, left)
-        return len(held), left, gone, above if gone or left else r.number
+        freed = done = 0
+        left_tree: list[int] = []
+        for number in runs:
+            if number not in self._runs and done:
+                break
+            run = self._runs[number]
+            if not run.evictable(tier):
+                return freed, done, True, left_tree, -1
+            count, left, gone, above = self._evict_run(run, tier, want - freed)
+            freed += count
+            done += left == 0
+            left_tree += gone
+            if left or freed == want or above >= 0:
+                return freed, done, False, left_tree, above
+        return freed, done, False, left_tree, -1
 
     def detach(self, run: int) -> list[int]:
         """Take a run and everything below it out of the tree; what nothing keeps is let go at once.
@@ -468,6 +475,21 @@ class PyRunIndex:
         slots[taken] = NOT_THERE
         run.set_tier(tier, array.tobytes())
         return not had
+
+    def _evict_run(self, run: Run, tier: int, want: int) -> tuple[int, int, list[int], int]:
+        """Returns (slots let go, how many leading blocks may still have one in the tier, runs that left the tree, a run whose leaves may
+        have changed)."""
+        slots = run.tier_slots(tier)
+        places = np.flatnonzero(slots >= 0)
+        held = places[-want:]
+        left = int(places[-want - 1]) + 1 if len(places) > want else 0
+        if len(held):
+            self._freed[tier].append(slots[held])
+        self._note_removed(run, tier, left)
+        slots[left:] = NOT_THERE
+        run.set_tier(tier, slots.tobytes() if left else None)
+        gone, above = self._cut_holes(run, left)
+        return len(held), left, gone, above if gone or left else run.number
 
     def _cut_holes(self, run: Run, begin: int) -> tuple[list[int], int]:
         """Cut a run, which is not busy, before its first block from ``begin`` on that no tier holds; all that is below it leaves.

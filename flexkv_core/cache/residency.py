@@ -17,6 +17,9 @@ from flexkv_core.types import Slots, Tier
 # moves more than 12 KiB, well under 1 µs.
 _MERGE_BLOCKS_MAX = 512
 
+# Runs that are evicted in one call of the index, as long as nothing else becomes the first to go meanwhile.
+_VICTIMS_MAX = 16
+
 
 class Residency:
     """Which block is in which tier's slot, and what goes first. Knows runs, not plans.
@@ -137,23 +140,22 @@ class Residency:
     def evict(self, want: int, tier: Tier) -> int:
         """Let go of up to ``want`` slots of a tier; returns how many."""
         policy = self.policies[tier]
-        victim, remove, evict = policy.victim, policy.remove, self.index.evict
+        victims, remove, evict = policy.victims, policy.remove, self.index.evict
         left_tree: list[int] = []
         left_tier: list[int] = []
         freed = 0
         while freed < want:
-            run = victim()
-            if run is None:
+            runs = victims(min(want - freed, _VICTIMS_MAX))
+            if not runs:
                 break
-            count, left, gone, above = evict(run, tier, want - freed)
-            if count < 0:
-                policy.park(run)
-                continue
+            count, done, blocked, gone, above = evict(runs, tier, want - freed)
             freed += count
-            if left == 0:
+            left_tree += gone
+            for run in runs[:done]:
                 remove(run)
                 left_tier.append(run)
-            left_tree += gone
+            if blocked:
+                policy.park(runs[done])
             if above >= 0:
                 self._unpark(above)
         if (

@@ -213,39 +213,51 @@ static PyObject *index_release(PyObject *self, PyObject *run) {
     return PyLong_FromLong(above);
 }
 
-static PyObject *evicted(const fk_eviction *result, const fk_vector *gone) {
-    PyObject *list = as_list(gone->data, gone->used / sizeof(int32_t));
-    if (!list)
-        return NULL;
-    PyObject *values[4] = {PyLong_FromLongLong(result->freed), PyLong_FromLong(result->left), list, PyLong_FromLong(result->above)};
-    PyObject *tuple = PyTuple_New(4);
-    int complete = tuple != NULL;
-    for (int i = 0; i < 4; i++)
-        complete &= values[i] != NULL;
-    for (int i = 0; i < 4; i++)
-        if (complete)
-            PyTuple_SET_ITEM(tuple, i, values[i]);
-        else
-            Py_XDECREF(values[i]);
-    if (!complete)
-        Py_CLEAR(tuple);
+/* The ids of a list or tuple of runs; NULL with an error set. The first must exist. */
+static int32_t *open_runs(fk_tree *tree, PyObject *runs, Py_ssize_t *count) {
+    *count = PySequence_Fast_GET_SIZE(runs);
+    int32_t first, *ids = PyMem_Malloc((size_t)*count * sizeof *ids + 1);
+    if (!ids)
+        return (int32_t *)PyErr_NoMemory();
+    int64_t value;
+    int valid = *count == 0 || as_run(tree, PySequence_Fast_GET_ITEM(runs, 0), &first);
+    for (Py_ssize_t i = 0; valid && i < *count; i++)
+        if ((valid = as_integer(PySequence_Fast_GET_ITEM(runs, i), &value)))
+            ids[i] = value < 0 || value > INT32_MAX ? -1 : (int32_t)value;
+    if (valid)
+        return ids;
+    PyMem_Free(ids);
+    return NULL;
+}
+
+static PyObject *evict_runs(fk_tree *tree, const int32_t *ids, Py_ssize_t count, int tier, int64_t want) {
+    fk_eviction result;
+    fk_vector gone = {0};
+    PyObject *tuple = NULL;
+    if (fk_tree_evict(tree, ids, count, tier, want, &result, &gone) == FK_DONE)
+        tuple = Py_BuildValue("(LnONi)", (long long)result.freed, (Py_ssize_t)result.done, result.blocked ? Py_True : Py_False,
+                              as_list(gone.data, gone.used / sizeof(int32_t)), result.above);
+    else
+        PyErr_NoMemory();
+    free(gone.data);
     return tuple;
 }
 
-static PyObject *index_evict(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-    int32_t id;
+static PyObject *index_evict(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     int tier;
     int64_t want;
-    if (!expect_arguments("evict", count, 3) || !as_run(TREE(self), args[0], &id) || !as_tier(args[1], &tier) ||
-        !as_integer(args[2], &want))
+    if (!expect_arguments("evict", given, 3) || !as_tier(args[1], &tier) || !as_integer(args[2], &want))
         return NULL;
     if (want < 1)
         return PyErr_Format(PyExc_ValueError, "cannot evict %lld slots", (long long)want);
-    fk_eviction result;
-    fk_vector gone = {0};
-    int status = fk_tree_evict(TREE(self), id, tier, want, &result, &gone);
-    PyObject *tuple = status == FK_DONE ? evicted(&result, &gone) : PyErr_NoMemory();
-    free(gone.data);
+    PyObject *runs = PySequence_Fast(args[0], "runs must be a sequence");
+    if (!runs)
+        return NULL;
+    Py_ssize_t count;
+    int32_t *ids = open_runs(TREE(self), runs, &count);
+    PyObject *tuple = ids ? evict_runs(TREE(self), ids, count, tier, want) : NULL;
+    PyMem_Free(ids);
+    Py_DECREF(runs);
     return tuple;
 }
 

@@ -196,11 +196,9 @@ static void cut(fk_tree *tree, int32_t id, int32_t keep, fk_vector *gone) {
     free_run(tree, id);
 }
 
-int fk_tree_evict(fk_tree *tree, int32_t id, int tier, int64_t want, fk_eviction *result, fk_vector *gone) {
+/* One run, which is evictable. */
+static int evict_run(fk_tree *tree, int32_t id, int tier, int64_t want, fk_eviction *result, fk_vector *gone) {
     fk_run *run = fk_tree_run(tree, id);
-    *result = (fk_eviction){-1, run->length, -1};
-    if (!fk_tree_evictable(tree, id, tier))
-        return FK_DONE;
     int32_t *slots = run->slots[tier], parent = run->parent, left = slots ? run->length : 0;
     int64_t freed = 0;
     while (left > 0 && freed < want)
@@ -217,10 +215,39 @@ int fk_tree_evict(fk_tree *tree, int32_t id, int tier, int64_t want, fk_eviction
         fk_set_array(tree, id, tier, NULL);
         free(slots);
     }
-    result->freed = freed;
-    result->left = left;
+    result->freed += freed;
+    result->done += left == 0;
     result->above = keep == 0 ? parent : keep < run->length || left == 0 ? id : -1;
     if (keep < run->length)
         cut(tree, id, keep, gone);
+    return FK_DONE;
+}
+
+/* A run's arrays and its neighbours in the list of children, none of which was touched for a long time if it is a victim. */
+static void prefetch_run(const fk_tree *tree, int32_t id, int tier) {
+    const fk_run *run = fk_tree_run(tree, id);
+    __builtin_prefetch(run->slots[tier], 1);
+    __builtin_prefetch(run->keys, 1);
+    fk_table_prefetch(tree, run->head);
+    if (run->prev >= 0)
+        __builtin_prefetch(fk_tree_run(tree, run->prev), 1);
+    if (run->next >= 0)
+        __builtin_prefetch(fk_tree_run(tree, run->next), 1);
+}
+
+int fk_tree_evict(fk_tree *tree, const int32_t *ids, int64_t count, int tier, int64_t want, fk_eviction *result, fk_vector *gone) {
+    *result = (fk_eviction){0, 0, 0, -1};
+    for (int64_t i = 0; i < count; i++)
+        if (fk_tree_has(tree, ids[i]))
+            prefetch_run(tree, ids[i], tier);
+    for (int64_t i = 0; i < count && result->done == i && result->freed < want && result->above < 0; i++) {
+        if (!fk_tree_has(tree, ids[i]))
+            break;
+        result->blocked = !fk_tree_evictable(tree, ids[i], tier);
+        if (result->blocked)
+            break;
+        if (evict_run(tree, ids[i], tier, want - result->freed, result, gone) != FK_DONE)
+            return i ? FK_DONE : FK_NO_MEMORY; /* what has left already must be told */
+    }
     return FK_DONE;
 }

@@ -20,6 +20,7 @@ void fk_vector_append(fk_vector *vector, const void *data, size_t bytes); /* roo
 /* Enters a run under its head, or names another run for that head. */
 void fk_table_set(fk_tree *tree, int32_t id);
 void fk_table_remove(fk_tree *tree, const uint8_t *head);
+static inline void fk_table_prefetch(const fk_tree *tree, const uint8_t *head); /* where fk_table_remove will look */
 
 static inline int fk_holds(const fk_run *run, int tier) {
     return run->slots[tier] != NULL || run->children_in[tier] > 0;
@@ -35,6 +36,10 @@ static inline uint32_t fk_hash_of(const uint8_t *key) {
     memcpy(&a, key, 8);
     memcpy(&b, key + 8, 8);
     return (uint32_t)(((a ^ (b << 32 | b >> 32)) * 0x9E3779B97F4A7C15u) >> 32);
+}
+
+static inline void fk_table_prefetch(const fk_tree *tree, const uint8_t *head) {
+    __builtin_prefetch(tree->table + (fk_hash_of(head) & (tree->table_size - 1)), 1);
 }
 
 /* These keep the parents' children_in and busy_children right. */

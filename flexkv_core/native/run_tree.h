@@ -56,9 +56,10 @@ typedef struct {
 } fk_match;
 
 typedef struct {
-    int64_t freed; /* -1: not evictable, nothing was done */
-    int32_t left;
-    int32_t above;
+    int64_t freed;
+    int64_t done;  /* leading runs that have no slot in the tier any more */
+    int blocked;   /* the run after them is not evictable */
+    int32_t above; /* what may have become evictable, or -1 */
 } fk_eviction;
 
 typedef struct {
@@ -92,8 +93,9 @@ int fk_tree_fill(fk_tree *tree, int32_t id, int64_t skip, int tier, int32_t *slo
 int fk_tree_load(fk_tree *tree, int tier, const fk_blocks *blocks, fk_vector *dropped, fk_vector *ids, fk_vector *newest);
 void fk_tree_pin(fk_tree *tree, int32_t id);
 int fk_tree_release(fk_tree *tree, int32_t id, int32_t *above); /* *above: the run, or the nearest above it that is left, or -1 */
-/* Appends the ids that left the tree to `gone` (int32). */
-int fk_tree_evict(fk_tree *tree, int32_t id, int tier, int64_t want, fk_eviction *result, fk_vector *gone);
+/* One run after the other, until one is not evictable or gone, or something above one may be evictable now. Ids need not be of used runs.
+ * Appends the ids that left the tree to `gone` (int32), as the next one does. */
+int fk_tree_evict(fk_tree *tree, const int32_t *ids, int64_t count, int tier, int64_t want, fk_eviction *result, fk_vector *gone);
 int fk_tree_detach(fk_tree *tree, int32_t id, fk_vector *gone);
 int fk_tree_evictable(const fk_tree *tree, int32_t id, int tier);
 int32_t fk_tree_leaf(const fk_tree *tree, int32_t id, int tier);

@@ -28,9 +28,9 @@ def make(request: pytest.FixtureRequest) -> Callable[[], EvictionPolicy]:
 def _drain(policy: EvictionPolicy) -> list[int]:
     """All victims in turn, each removed."""
     victims = []
-    while (run := policy.victim()) is not None:
-        victims.append(run)
-        policy.remove(run)
+    while run := policy.victims(1):
+        victims += run
+        policy.remove(run[0])
     return victims
 
 
@@ -47,14 +47,14 @@ def _apply(policy: EvictionPolicy, name: str, runs: list[int], held: set[int], p
     elif name == "touch":
         policy.touch(runs[:3])
         parked.difference_update(runs[:3])
-    elif name == "park" and (victim := policy.victim()) is not None:
-        policy.park(victim)
-        parked.add(victim)
+    elif name == "park" and (victims := policy.victims(2)):
+        policy.park(victims[-1])
+        parked.add(victims[-1])
     elif name == "unpark":
         policy.unpark(run)
         if run in parked:
             parked.remove(run)
-            assert policy.victim() == run
+            assert policy.victims(1) == [run]
 
 
 @given(operations=OPERATIONS)
@@ -69,7 +69,7 @@ def test_holds_each_run_once_and_offers_no_parked_one(
         assert len(order) == len(set(order))
         assert set(order) == held - parked
         assert set(aside) == parked
-        assert policy.victim() == (order[0] if order else None)
+        assert policy.victims(3) == order[:3]
     assert set(_drain(policy)) == held - parked
 
 
@@ -87,7 +87,7 @@ def test_unknown_runs_are_ignored(make: Callable[[], EvictionPolicy]) -> None:
     policy.remove(5)
     policy.unpark(5)
     policy.touch([5, 6])
-    assert policy.victim() is None
+    assert policy.victims(1) == []
 
 
 def test_cost_does_not_grow_with_the_number_of_runs(make: Callable[[], EvictionPolicy]) -> None:
@@ -98,9 +98,7 @@ def test_cost_does_not_grow_with_the_number_of_runs(make: Callable[[], EvictionP
         for _ in range(50):
             start = time.perf_counter()
             for _ in range(8):
-                victim = policy.victim()
-                assert victim is not None
-                policy.remove(victim)
+                policy.remove(policy.victims(1)[0])
             times.append((time.perf_counter() - start) * 1e6)
         return statistics.median(times)
 

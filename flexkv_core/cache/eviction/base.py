@@ -28,12 +28,12 @@ class EvictionPolicy(ABC):
         """Runs were used, root first. A child must become a better victim than its parent. Unknown runs are ignored."""
 
     @abstractmethod
-    def victim(self) -> int | None:
-        """The run that should go first, still in the order; None when nothing is left that is not parked."""
+    def victims(self, limit: int) -> list[int]:
+        """Up to ``limit`` runs that should go first, the first of all first, still in the order; none when all that is left is parked."""
 
     @abstractmethod
     def park(self, run: int) -> None:
-        """The victim may not go now: leave it out of the order until :meth:`unpark` or a touch."""
+        """A victim may not go now: leave it out of the order until :meth:`unpark` or a touch."""
 
     @abstractmethod
     def unpark(self, run: int) -> None:

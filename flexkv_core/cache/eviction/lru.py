@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 from flexkv_core.cache.eviction.base import EvictionPolicy
 
@@ -42,9 +43,9 @@ class LRUPolicy(EvictionPolicy):
                 self._parked.remove(run)
                 order[run] = None
 
-    def victim(self) -> int | None:
+    def victims(self, limit: int) -> list[int]:
         """The oldest."""
-        return next(iter(self._order), None)
+        return list(islice(self._order, limit))
 
     def park(self, run: int) -> None:
         """Aside, without a place in the order."""

@@ -118,14 +118,16 @@ class BothIndexes(RuleBasedStateMachine):
 
     @rule(data=st.data(), tier=st.integers(0, 2), want=st.integers(1, 20))
     def evict(self, data: st.DataObject, tier: int, want: int) -> None:
-        run = self.draw_run(data)
-        if run < 0:
+        runs = list(
+            dict.fromkeys(self.draw_run(data) for _ in range(data.draw(st.integers(1, 4), label="runs")))
+        )
+        if runs == [-1]:
             return
-        freed, left, gone, above = self.twin.evict(run, tier, want)
-        native = self.native.evict(self.native_id[run], tier, want)
-        assert native[:2] == (freed, left)
-        assert sorted(native[2]) == sorted(self.native_id[other] for other in gone)
-        assert native[3] == self.native_id[above]
+        native = self.native.evict([self.native_id[run] for run in runs], tier, want)
+        freed, done, blocked, gone, above = self.twin.evict(runs, tier, want)
+        assert native[:3] == (freed, done, blocked)
+        assert sorted(native[3]) == sorted(self.native_id[other] for other in gone)
+        assert native[4] == self.native_id[above]
         self.forget_gone()
 
     @rule(data=st.data())
@@ -266,7 +268,7 @@ def test_growth_over_many_runs(index_class: type[PyRunIndex]) -> None:
         index.publish(run)
         index.release(run)
     for i in range(0, 5000, 2):
-        assert index.evict(index.find(i.to_bytes(KEY_BYTES, "little")), 0, 1)[:2] == (1, 0)
+        assert index.evict([index.find(i.to_bytes(KEY_BYTES, "little"))], 0, 1)[:2] == (1, 1)
     assert [index.find(i.to_bytes(KEY_BYTES, "little")) >= 0 for i in range(5000)] == [False, True] * 2500
     assert len(index.drain(0)) == 4 * 2500
 
@@ -314,7 +316,9 @@ def test_wrong_arguments(index_class: type[PyRunIndex]) -> None:
     with pytest.raises(ValueError, match="no room"):
         index.match(keys, 0, np.empty(2, dtype=np.int32), 0, True)
     with pytest.raises(ValueError, match="cannot evict"):
-        index.evict(run, 0, 0)
+        index.evict([run], 0, 0)
+    with pytest.raises(KeyError):
+        index.evict([run + 1], 0, 1)
     with pytest.raises(ValueError, match="are not in a run"):
         index.segment(run, 0, 2, 2)
     with pytest.raises(ValueError, match="cannot load"):
