@@ -266,7 +266,7 @@ def test_data_parallel_engines_have_tiers_of_their_own(llama: Path, tmp_path: Pa
 def test_real_model_through_a_stop_and_a_kill(demo_model: Path, tmp_path: Path) -> None:
     """The first two acts of the demo, once and with shorter documents; the host tier is gone after each end of a server."""
     config = transfer_config(ssd_settings(tmp_path / "ssd"))
-    server = _server(demo_model, tmp_path, "--kv-transfer-config", config, "--max-model-len", "1600")
+    server = _server(demo_model, tmp_path, "--kv-transfer-config", config, "--max-model-len", "1000")
     segments: set[tuple[str, str]] = set()
 
     def say(text: str) -> None:
