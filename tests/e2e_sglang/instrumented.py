@@ -23,6 +23,19 @@ from flexkv_sglang.linker import FlexKVLinker
 FOLDER_KEY = "test_folder"
 
 
+def instrumented(folder: Path, **settings: object) -> list[str]:
+    """SGLang's arguments for this linker with ``folder``; ``settings`` are FlexKV's."""
+    linker = {
+        "linker": "InstrumentedLinker",
+        "linker_module_path": __name__,
+        "linker_extra_config": {**settings, FOLDER_KEY: str(folder)},
+    }
+    return [
+        *("--enable-unified-cache-external-linker", "--unified-cache-external-linker-backend", "dynamic"),
+        *("--unified-cache-external-linker-config", json.dumps(linker)),
+    ]
+
+
 class InstrumentedLinker(FlexKVLinker):
     """Takes the folder from its configuration; the rest is FlexKV's."""
 

@@ -12,7 +12,7 @@ import pytest
 
 from flexkv_core.cli.harness.sglang import CPU_ARGUMENTS, CPU_ENVIRONMENT, SglangClient, SglangServer
 from tests.e2e_sglang.checks import ask, differences, new_prompt
-from tests.e2e_sglang.instrumented import FOLDER_KEY
+from tests.e2e_sglang.instrumented import instrumented
 
 
 @dataclass
@@ -31,16 +31,10 @@ class Disturbed:
 @pytest.fixture(scope="module")
 def running(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Disturbed]:
     folder = tmp_path_factory.mktemp("disturbed")
-    linker = {
-        "linker": "InstrumentedLinker",
-        "linker_module_path": "tests.e2e_sglang.instrumented",
-        "linker_extra_config": {"host_bytes": "32MiB", FOLDER_KEY: str(folder)},
-    }
     arguments = [
         *CPU_ARGUMENTS,
         *("--page-size", "16", "--max-total-tokens", "8192"),
-        *("--enable-unified-cache-external-linker", "--unified-cache-external-linker-backend", "dynamic"),
-        *("--unified-cache-external-linker-config", json.dumps(linker)),
+        *instrumented(folder, host_bytes="32MiB"),
     ]
     server = SglangServer(llama, arguments, CPU_ENVIRONMENT, folder / "server.log")
     with server, SglangClient(server.base_url) as client:

@@ -7,30 +7,27 @@ from pathlib import Path
 
 import pytest
 
-from flexkv_core.cli.harness.sglang import (
-    BACKEND_ARGUMENTS,
-    CPU_ARGUMENTS,
-    CPU_ENVIRONMENT,
-    SglangClient,
-    SglangServer,
-)
+from flexkv_core.cli.harness.sglang import CPU_ARGUMENTS, CPU_ENVIRONMENT, SglangClient, SglangServer
 from tests.e2e_sglang.checks import ask, differences, new_prompt
+from tests.e2e_sglang.instrumented import instrumented
 
 pytestmark = pytest.mark.extended
-ARGUMENTS = (
-    *CPU_ARGUMENTS,
-    *BACKEND_ARGUMENTS,
-    *("--page-size", "16", "--max-total-tokens", "4096", "--chunked-prefill-size", "512"),
-)
 
 
 @pytest.fixture(scope="module")
-def client(
-    tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[SglangClient]:
-    environment = {**CPU_ENVIRONMENT, "FLEXKV_HOST_BYTES": "32MiB"}
-    log = tmp_path_factory.mktemp("mla") / "server.log"
-    with SglangServer(tiny_model("mla"), ARGUMENTS, environment, log) as server, server.client() as client:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("mla")
+
+
+@pytest.fixture(scope="module")
+def client(tiny_model: Callable[[str], Path], folder: Path) -> Iterator[SglangClient]:
+    arguments = [
+        *CPU_ARGUMENTS,
+        *("--page-size", "16", "--max-total-tokens", "4096", "--chunked-prefill-size", "512"),
+        *instrumented(folder, host_bytes="32MiB"),
+    ]
+    server = SglangServer(tiny_model("mla"), arguments, CPU_ENVIRONMENT, folder / "server.log")
+    with server, server.client() as client:
         yield client
 
 
@@ -42,6 +39,17 @@ def test_hits_give_the_same_answer(client: SglangClient) -> None:
     assert (cold.cached_tokens, device.cached_tokens, device.external_tokens) == (0, 1200, 0)
     assert (host.cached_tokens, host.external_tokens) == (1200, 1200)
     assert differences(cold, device) == differences(cold, host) == set()
+
+
+def test_zeros_would_be_noticed(client: SglangClient, folder: Path) -> None:
+    prompt = new_prompt(3, 801)
+    cold = ask(client, prompt)
+    client.reset_prefix_cache()
+    (folder / "mode").write_text("zeros")
+    wrong = ask(client, prompt)
+    (folder / "mode").write_text("")
+    assert wrong.external_tokens == 800
+    assert differences(cold, wrong)
 
 
 def test_salts_share_nothing(client: SglangClient) -> None:

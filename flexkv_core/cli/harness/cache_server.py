@@ -20,12 +20,16 @@ class CacheServer:
     """Starts ``flexkv serve`` with a socket and a log in ``folder`` (which exists), and stops it; a context manager, which may be entered
     again.
 
-    ``settings``: more of FlexKV's, by key. Entering returns once the socket is there, and raises ServerError when the process dies before
-    that.
+    ``settings``: more of FlexKV's, by key; ``models``: for how many it has room. Entering returns once the socket is there, and raises
+    ServerError when the process dies before that.
     """
 
     def __init__(
-        self, folder: Path, host_bytes: int | str, settings: Mapping[str, object] | None = None
+        self,
+        folder: Path,
+        host_bytes: int | str,
+        settings: Mapping[str, object] | None = None,
+        models: int = 1,
     ) -> None:
         self.socket = folder / "serve.sock"
         self._log = folder / "serve.log"
@@ -33,6 +37,7 @@ class CacheServer:
         self._command = [
             *("env", *(f"{name}={value}" for name, value in variables.items())),
             *(sys.executable, "-m", "flexkv_core.cli", "serve", "--socket", str(self.socket)),
+            *("--models", str(models)),
         ]
         self._process: subprocess.Popen[bytes] | None = None
 
