@@ -23,7 +23,7 @@ from flexkv_core.errors import ConfigError, TransferError
 from flexkv_kernels.copier import CpuCopier
 from flexkv_sglang import in_tree
 from tests.e2e_sglang.checks import new_prompt
-from tests.e2e_sglang.tree import CONFIG, LAYERS, Pools, Tree, rounded
+from tests.e2e_sglang.tree import CONFIG, LAYERS, NativeTree, Pools, Tree, rounded
 
 
 class InTree(Tree):
@@ -85,6 +85,45 @@ def test_bytes_come_back(make: Callable[..., InTree], page_size: int) -> None:
     req = tree.request("again", tokens)
     assert tree.prefill(req) == 192
     assert tree.wrong_positions(req) == []
+
+
+def same_requests(tree: Tree) -> list[tuple[int, int]]:
+    """What the two ways are compared by: tokens found and, of them, loaded by FlexKV, of prompts that are new, repeated, repeated after a
+    flush, that share a beginning on the device and behind it, that go on, and that another tenant asks."""
+    found = []
+
+    def ask(tokens: list[int], salt: str | None = None) -> None:
+        req = tree.request(f"request {len(found)}", tokens, salt)
+        tree.match(req)
+        on_device = len(tree.cache.prefix_device_indices(req))
+        loaded = tree.prefill(req)
+        found.append((on_device + loaded, loaded))
+        assert tree.wrong_positions(req) == []
+        tree.finish(req)
+        tree.settle()
+
+    for length in (15, 16, 17, 161):
+        ask(new_prompt(length, length))
+        ask(new_prompt(length, length))
+        tree.flush()
+        ask(new_prompt(length, length))
+    shared = new_prompt(20, 201)
+    ask([*shared, *new_prompt(21, 100)])
+    ask([*shared, *new_prompt(22, 120)])
+    tree.flush()
+    ask([*shared, *new_prompt(23, 40)])
+    ask([*shared, *new_prompt(22, 120), *new_prompt(24, 60)])
+    ask([*shared, *new_prompt(21, 100)], "theirs")
+    return found
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_same_hits_as_the_native_adapter(make: Callable[..., InTree], tmp_path: Path, page_size: int) -> None:
+    native = NativeTree(str(tmp_path), page_size, 512, host_bytes="4MiB")
+    wanted = same_requests(native)
+    native.close()
+    assert sum(loaded for _, loaded in wanted) > 450, "too few hits to compare"
+    assert same_requests(make(page_size)) == wanted
 
 
 def test_kv_kept_as_fp8(make: Callable[..., InTree], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,6 +125,8 @@ class Tree(ABC):
         )
         self.cache.unlock(lock)
         req.prefix_len += loaded
+        if self.cache.load_back_is_cache_owned():
+            req.kv.cache_protected_len = req.prefix_len
         return int(loaded)
 
     def prefill(self, req: Req) -> int:
