@@ -5,6 +5,8 @@ What it may ask and what it gets is what its calls here use; SGLang's class is t
 
 from __future__ import annotations
 
+import logging
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +24,7 @@ from flexkv_core.cli.harness.cache_server import CacheServer
 from flexkv_core.errors import ConfigError, TransferError
 from flexkv_kernels.copier import CpuCopier
 from flexkv_sglang import in_tree
+from flexkv_sglang.preflight import check_before_weights
 from tests.e2e_sglang.checks import new_prompt
 from tests.e2e_sglang.tree import CONFIG, LAYERS, NativeTree, Pools, Tree, rounded
 
@@ -257,3 +260,30 @@ def test_more_than_one_process_is_refused(tmp_path: Path) -> None:
     config = in_tree.InTreeConfig.from_env()
     with pytest.raises(ConfigError, match="flexkv-tiered"):
         config.post_init_from_sglang_config(sglang_config=None, server_args=arguments, page_size=1)
+
+
+def test_module_of_another_distribution_is_left_alone_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its settings are not ours to refuse; the native adapter does without the module."""
+    door = tmp_path / "flexkv" / "integration" / "config.py"
+    door.parent.mkdir(parents=True)
+    for file in (door, door.parent / "__init__.py", door.parent.parent / "__init__.py"):
+        file.write_text("raise ImportError('of another distribution')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "flexkv"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setenv("FLEXKV_OF_THEIRS", "1")
+    chosen = {"pp_size": 1, "disaggregation_mode": "null", "speculative_algorithm": None}
+    with caplog.at_level(logging.WARNING, "flexkv_sglang.preflight"):
+        check_before_weights(SimpleNamespace(enable_flexkv=True, radix_cache_backend=None, **chosen))
+    assert f"will use the module flexkv in {tmp_path / 'flexkv'}, which is not of this project" in caplog.text
+    assert "--radix-cache-backend flexkv-tiered" in caplog.text
+    monkeypatch.delenv("FLEXKV_OF_THEIRS")
+    (tmp_path / "config.json").write_text(CONFIG)
+    tree, tokens = NativeTree(str(tmp_path), 16, 512, host_bytes="4MiB"), new_prompt(10, 161)
+    tree.store(tokens)
+    tree.flush()
+    assert tree.match(tree.request("again", tokens)) == 160
+    tree.close()
+    assert "flexkv" not in sys.modules

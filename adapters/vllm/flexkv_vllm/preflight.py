@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from flexkv_core.config import FlexKVConfig, load_config
 from flexkv_core.errors import CapacityError, ConfigError
+from flexkv_core.module_owner import Owner
 from flexkv_core.storage.directory import FOLDER_PREFIX
 from flexkv_core.storage.memory import check_capacity
 from flexkv_core.storage.remote import check_available
@@ -74,14 +75,14 @@ def check_before_weights(vllm_config: VllmConfig, memory: bool) -> None:
 def _is_ours() -> bool:
     """Whether vLLM's in-tree class leads to this project; says so when it leads to another."""
     owner, folder = in_tree.owner()
-    if owner is in_tree.Owner.OTHERS:
+    if owner is Owner.OTHERS:
         logger.warning(
             "%s will use the module flexkv in %s, which is not of this project; for this project's connector use"
             ' {"kv_connector":"FlexKVConnector","kv_role":"kv_both"}',
             in_tree.NAME,
             folder,
         )
-    return owner is in_tree.Owner.OURS
+    return owner is Owner.OURS
 
 
 def check_block_size(config: FlexKVConfig, block_size: int) -> None:

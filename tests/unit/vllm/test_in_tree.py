@@ -16,6 +16,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.flexkv_connector import FlexKV
 
 from flexkv.integration.vllm.vllm_v1_adapter import FlexKVConnectorV1Impl
 from flexkv_core.errors import ConfigError
+from flexkv_core.module_owner import Owner
 from flexkv_vllm import plugin
 from flexkv_vllm.compat import in_tree
 from flexkv_vllm.connector import FlexKVConnector
@@ -96,7 +97,7 @@ def test_without_the_plugin_it_is_refused_with_the_reason() -> None:
 
 def test_our_own_module_is_known() -> None:
     owner, folder = in_tree.owner()
-    assert owner is in_tree.Owner.OURS
+    assert owner is Owner.OURS
     assert folder is not None
     assert folder.parts[-2:] == ("intree", "flexkv")
 
@@ -104,7 +105,7 @@ def test_our_own_module_is_known() -> None:
 def test_module_of_another_distribution_is_left_alone_and_said(
     others_first: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert in_tree.owner() == (in_tree.Owner.OTHERS, others_first)
+    assert in_tree.owner() == (Owner.OTHERS, others_first)
 
     def load() -> type:
         return FlexKVConnectorV1
@@ -125,7 +126,7 @@ def test_module_of_another_distribution_is_left_alone_and_said(
 
 def test_files_of_another_distribution_over_ours_are_noticed(others_first: Path) -> None:
     (others_first / "ours.py").touch()  # what an overwritten installation leaves beside them
-    assert in_tree.owner()[0] is in_tree.Owner.OTHERS
+    assert in_tree.owner()[0] is Owner.OTHERS
 
 
 def test_name_is_ours_where_vllm_has_no_such_class(monkeypatch: pytest.MonkeyPatch) -> None:

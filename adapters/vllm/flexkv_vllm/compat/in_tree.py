@@ -9,15 +9,14 @@ When it can go: as soon as the in-tree class forwards those hooks.
 
 from __future__ import annotations
 
-import enum
 import functools
-import importlib.util
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexkv_core.errors import ConfigError
+from flexkv_core.module_owner import Owner, owner_of
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -33,28 +32,9 @@ _BOTH = ("bind_connector_metadata", "clear_connector_metadata")
 _handed: ContextVar[KVCacheConfig | None] = ContextVar("kv_cache_config", default=None)
 
 
-class Owner(enum.Enum):
-    """Whose the module ``flexkv`` is that Python finds."""
-
-    OURS = "ours"
-    OTHERS = "others"
-    NOBODY = "nobody"
-
-
 def owner() -> tuple[Owner, Path | None]:
-    """Whose module ``flexkv`` is, and where it lies. Imports nothing of it.
-
-    Another distribution of that name may have been installed over files of ours, so the file that vLLM imports is what decides.
-    """
-    spec = importlib.util.find_spec("flexkv")
-    if spec is None:
-        return Owner.NOBODY, None
-    for folder in spec.submodule_search_locations or ():
-        door = Path(folder) / _DOOR
-        if door.is_file():
-            text = door.read_text(encoding="utf-8", errors="replace")
-            return (Owner.OURS if _OURS in text else Owner.OTHERS), Path(folder)
-    return Owner.OTHERS, Path(spec.origin).parent if spec.origin else None
+    """Whose module ``flexkv`` is, and where it lies."""
+    return owner_of(_DOOR, _OURS)
 
 
 def install() -> None:
