@@ -168,6 +168,22 @@ def test_an_abort_in_the_queue_leaves_nothing(make: MakeTree) -> None:
     assert tree.allocator.available_size() == free
 
 
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_a_retracted_request_gives_all_back_and_hits_again(make: MakeTree, page_size: int) -> None:
+    """Also after a load: nothing stays locked, and when its turn comes again FlexKV has what it had computed."""
+    tree, tokens = make(page_size), new_prompt(16, 161)
+    free = tree.allocator.available_size()
+    req = tree.request("makes room", tokens)
+    for found in (0, 160, 160):
+        assert tree.prefill(req) == found
+        assert tree.wrong_positions(req) == []
+        tree.retract(req)
+        tree.settle()
+        tree.allocator.evict_to_free_tokens(tree.cache, free)
+        assert tree.allocator.available_size() == free
+    assert not tree.cache.linker.hit_markers
+
+
 def test_a_store_locks_its_node_until_it_has_ended(make: MakeTree, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the copy runs nothing may overwrite its slots; an eviction that needs them waits for it and goes on."""
     tree, tokens = make(tokens=256), new_prompt(9, 200)

@@ -157,6 +157,11 @@ class Tree(ABC):
         req.finished_reason = FINISH_LENGTH(0)
         release_kv_cache(req, self.cache, checkpoint=True)
 
+    def retract(self, req: Req) -> None:
+        """The request makes room for others; it waits to be prefilled again."""
+        release_kv_cache(req, self.cache, checkpoint=False)
+        req.reset_for_retract()
+
     def step(self) -> None:
         """A round of the scheduler's loop."""
         self.cache.check_hicache_events()
