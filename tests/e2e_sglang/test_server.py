@@ -45,6 +45,9 @@ def server(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sg
         "FLEXKV_HOST_BYTES": "16MiB",
         "FLEXKV_SSD_DIRS": f'["{folder}/ssd"]',
         "FLEXKV_SSD_BYTES": "512MiB",
+        # Every so many steps one of several requests that run makes room, as if the device were full.
+        "SGLANG_TEST_RETRACT": "1",
+        "SGLANG_TEST_RETRACT_INTERVAL": "10",
     }
     with SglangServer(llama, ARGUMENTS, environment, folder / "server.log") as server:
         yield server
@@ -137,6 +140,7 @@ def test_64_at_once_and_more_than_the_host_tier_holds(server: SglangServer, clie
         client.reset_prefix_cache()
         second = list(pool.map(one, range(64)))
     assert sum(answer.external_tokens for answer in second) > 5_000
+    assert client.metrics().total("sglang:num_retracted_requests_total") > 0
     for cold, warm in zip(first, second, strict=True):
         # Batches differ, and with them the last bits: the answers must not.
         assert cold.token_ids == warm.token_ids
