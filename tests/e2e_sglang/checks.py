@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 
 from flexkv_core.cli.harness.client import Completion
@@ -36,3 +37,9 @@ def differences(cold: Completion, other: Completion) -> set[str]:
     if error > LOGPROB_BOUND:
         found.add(f"log-probabilities by {error:.2g}")
     return found
+
+
+def a_core_each() -> dict[str, str]:
+    """The variable by which SGLang gives each of two processes on CPUs a core of its own; without it, it wants as many NUMA nodes."""
+    cpus = sorted(os.sched_getaffinity(0))
+    return {"SGLANG_CPU_OMP_THREADS_BIND": f"{cpus[0]}|{cpus[1]}"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -14,14 +15,16 @@ from flexkv_core.cli.harness.sglang import (
     SglangClient,
     SglangServer,
 )
-from tests.e2e_sglang.checks import differences, new_prompt
+from tests.e2e_sglang.checks import a_core_each, differences, new_prompt
 
 
 @pytest.mark.extended
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two engines need two cores")
 def test_two_engines_have_tiers_of_their_own(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "ssd").mkdir()
     environment = {
         **CPU_ENVIRONMENT,
+        **a_core_each(),
         "FLEXKV_HOST_BYTES": "16MiB",
         "FLEXKV_SSD_DIRS": f'["{tmp_path}/ssd"]',
         "FLEXKV_SSD_BYTES": "64MiB",

@@ -16,7 +16,7 @@ from flexkv_core.cli.harness.sglang import (
     SglangClient,
     SglangServer,
 )
-from tests.e2e_sglang.checks import ask, differences, new_prompt
+from tests.e2e_sglang.checks import a_core_each, ask, differences, new_prompt
 
 pytestmark = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two ranks need two cores")
 
@@ -54,8 +54,7 @@ def test_two_ranks_beside_flexkv_serve(llama: Path, tmp_path: Path, models: int,
 
 def two_ranks(model: Path, folder: Path, settings: Mapping[str, str]) -> SglangServer:
     """A server with a rank on each of two cores; ``settings`` are FlexKV's, as variables."""
-    cpus = sorted(os.sched_getaffinity(0))
-    environment = {**CPU_ENVIRONMENT, **settings, "SGLANG_CPU_OMP_THREADS_BIND": f"{cpus[0]}|{cpus[1]}"}
+    environment = {**CPU_ENVIRONMENT, **settings, **a_core_each()}
     arguments = [
         *CPU_ARGUMENTS,
         *BACKEND_ARGUMENTS,
