@@ -15,7 +15,7 @@ from flexkv_core.layout import KVLayout
 from flexkv_core.storage.memory import HostSegment
 from flexkv_core.transfer.plan import Delivery, DeviceCopier, TransferOp
 from flexkv_core.types import Direction
-from flexkv_kernels import CpuCopier
+from flexkv_kernels import CpuCopier, copier_over
 from flexkv_kernels.paths import Mode
 from flexkv_kernels.stream_copier import StreamCopier
 from flexkv_kernels.streams import Order
@@ -284,4 +284,14 @@ def test_layers_are_queued_together_while_they_are_small(
     groups = rig.copier._layer_groups(size_bytes)
     assert [len(group) for group in groups] == sizes
     assert [layer for group in groups for layer in group] == list(range(layers))
+    rig.close()
+
+
+def test_devices_without_a_copier_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AMD's GPUs, which torch calls cuda too."""
+    rig = StreamRig(0, Mode.DMA)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    for device in ("cuda", "xpu"):
+        with pytest.raises(LayoutError, match=f"found device {device}; expected cpu, or cuda of NVIDIA"):
+            copier_over(rig.segments, torch.device(device), None)
     rig.close()
