@@ -312,7 +312,8 @@ class BlockManager:
                 self._cache.disown_put(task.plan)
 
     def launch_blocks(self, task_id: int, blocks: BlockIds, delivery: Delivery = Delivery.WHOLE) -> None:
-        """Start a task's copy. ``blocks``: int64 [blocks of the task * blocks_per_slot], device blocks in order. ``delivery``: of a get."""
+        """Start a task's copy. ``blocks``: int64 [blocks of the task * blocks_per_slot], device blocks in order. ``delivery``: of a get; of a
+        put LAYERWISE only where somebody tells the executor of each layer."""
         with self._changed:
             task = self._tasks.get(task_id)
             if task is None:
@@ -321,7 +322,7 @@ class BlockManager:
             assert len(blocks) == task.block_count * self.layout.blocks_per_slot
             task.launched = True
             op = TransferOp(task_id, task.direction, task.keys, task.slots, blocks, task.awaited(), delivery)
-            self._counters.layerwise_loads += delivery is not Delivery.WHOLE
+            self._counters.add_launch(task.direction, delivery)
             self._start_reads(task)
         self._executor.submit(op)
 

@@ -269,6 +269,11 @@ class FlexKVConfig(BaseSettings):
         description="A hit in host memory of at most this size that comes alone is loaded layer by layer while the engine computes.",
         json_schema_extra=_allowed(_SIZE),
     )
+    layerwise_store_bytes_min: Annotated[ByteSize, Field(ge=0)] = Field(
+        default=ByteSize(0),
+        description="A store of at least this size is copied layer by layer while the engine computes the next ones; 0: none is.",
+        json_schema_extra=_allowed(_SIZE),
+    )
     prefetch_queued: bool = Field(
         default=False,
         description="Read from the SSD into host memory for requests that wait in the engine's queue.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 
-from flexkv_core.transfer.plan import OpResult, OpStatus
+from flexkv_core.transfer.plan import Delivery, OpResult, OpStatus
 from flexkv_core.types import Direction
 
 
@@ -19,6 +19,7 @@ class Counters:
     loaded_bytes: int = 0
     load_seconds: float = 0.0  # time in copies, without queueing
     layerwise_loads: int = 0  # ops that were delivered layer by layer
+    layerwise_stores: int = 0  # ops that may be copied layer by layer
     stored_blocks: int = 0
     stored_bytes: int = 0
     store_seconds: float = 0.0
@@ -47,6 +48,12 @@ class Counters:
     verify_checked: int = 0  # blocks of sampled hits that were compared with what the engine computed anew
     verify_mismatches: int = 0  # of those, blocks that were wrong; each left all tiers
     verify_skipped: int = 0  # blocks of sampled hits that could not be compared
+
+    def add_launch(self, direction: Direction, delivery: Delivery) -> None:
+        """Count an op that begins."""
+        if delivery is not Delivery.WHOLE:
+            self.layerwise_loads += direction is Direction.LOAD
+            self.layerwise_stores += direction is Direction.STORE
 
     def add_copy(self, direction: Direction, result: OpResult, block_bytes: int) -> None:
         """Count a copy that has ended."""
@@ -83,6 +90,7 @@ COUNTER_WORDS = {
     "loaded_bytes": "Bytes copied to the device.",
     "load_seconds": "Time spent in copies to the device.",
     "layerwise_loads": "Loads that were delivered layer by layer.",
+    "layerwise_stores": "Stores that were planned layer by layer.",
     "stored_blocks": "Blocks copied to the host tier.",
     "stored_bytes": "Bytes copied to the host tier.",
     "store_seconds": "Time spent in copies to the host tier.",

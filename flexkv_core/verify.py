@@ -92,7 +92,7 @@ class ShadowCopier:
         """See the protocol."""
         return self._inner.mark()
 
-    def gather(self, op: TransferOp, after: object) -> None:
+    def gather(self, op: TransferOp, after: object, layers: range | None = None) -> None:
         """Nothing is stored here; raises TransferError."""
         raise TransferError("a shadow copier stores nothing")
 

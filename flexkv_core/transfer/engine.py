@@ -3,7 +3,8 @@
 A request waits for its load; nobody waits for a store. So a load that arrives while a large store runs is let in between two of the
 store's pieces. A load whose slots are still being filled from a lower tier is copied slot by slot as they arrive, while other ops run.
 A thread that has nothing to do but to wait for a load may copy pieces of it itself, see :meth:`TransferEngine.help`.
-A load may be delivered layer by layer, checked in host memory before or after; see :meth:`TransferEngine.wait_layers`.
+A load may be delivered layer by layer, checked in host memory before or after; see :meth:`TransferEngine.wait_layers`. A store may be copied
+layer by layer while the device computes the next ones; see :meth:`TransferEngine.layers_written`.
 The queue is bounded: what does not fit is reported as failed at once, which is a miss.
 """
 
@@ -22,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flexkv_core.storage.memory import HostSegment, arrival_mark
+from flexkv_core.transfer.layered_stores import LayerCopy, LayeredStores
 from flexkv_core.transfer.layers import LayerProgress, LayerStatus
 from flexkv_core.transfer.pieces import Pieces
 from flexkv_core.transfer.plan import Delivery, DeviceCopier, OpResult, OpStatus, TransferOp
@@ -32,8 +34,14 @@ logger = logging.getLogger(__name__)
 LOAD_PIECE_BYTES = 4 << 20
 """A load is copied in pieces of this size where threads may share it: half a millisecond each, so they end about together."""
 
+LAYER_POLL_S = 1.0
+"""How often stores layer by layer are looked at that nobody speaks of any more; they have a deadline of many seconds."""
+
 ARRIVAL_POLL_S = 0.0002
 """How often a load looks for slots that arrive, when nothing else is to be done: a fifth of the time that a 1 MiB read takes."""
+
+
+_Gather = Callable[[TransferOp], npt.NDArray[np.bool_] | None]
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,7 @@ class TransferEngine:
         self._unfinished: set[int] = set()
         self._pieces: Pieces | None = None  # of the load that is copied now
         self._layers = LayerProgress()
+        self._layered = LayeredStores(copier.segments.layer_count, timeout_s)
         self._closed = False
         self._thread: threading.Thread | None = None
 
@@ -108,21 +117,45 @@ class TransferEngine:
     def submit(self, op: TransferOp) -> None:
         """Queue ``op`` behind what the device has been given so far."""
         queue = self._loads if op.direction is Direction.LOAD else self._stores
-        queued = _Queued(op, self._copier.mark(), time.monotonic() + self._timeout_s)
+        is_layered = op.direction is Direction.STORE and op.delivery is not Delivery.WHOLE
+        now = time.monotonic()
+        queued = _Queued(op, None if is_layered else self._copier.mark(), now + self._timeout_s)
         with self._changed:
-            accepted = not self._closed and len(queue) < self._queue_ops_max
+            waiting = len(self._layered) if is_layered else len(queue)
+            accepted = not self._closed and waiting < self._queue_ops_max
             if accepted:
                 assert op.op_id not in self._unfinished, op.op_id
-                queue[op.op_id] = queued
                 self._unfinished.add(op.op_id)
-                if op.delivery is not Delivery.WHOLE:
+                if is_layered:
+                    self._layered.begin(op, now)
+                else:
+                    queue[op.op_id] = queued
+                if op.direction is Direction.LOAD and op.delivery is not Delivery.WHOLE:
                     self._layers.begin(op.op_id)
                 self._changed.notify_all()
         if not accepted:
             self._on_result(_failed(op, OpStatus.FAILED))
 
+    def layers_written(self, op_ids: Collection[int], count: int) -> None:
+        """Of these LAYERWISE stores, the device has been given the work that writes the first ``count`` layers.
+
+        To be called on the thread that gives the device its work, with rising counts. What is written is copied while the device goes on;
+        with the last layer a store is complete. Until then it may be given up by :meth:`abandon`; one that hears of no layer for
+        ``timeout_s`` seconds has failed. Stores that have ended are passed over.
+        """
+        mark = self._copier.mark()
+        with self._changed:
+            self._layered.written(op_ids, count, mark, time.monotonic())
+            self._changed.notify_all()
+
+    def abandon(self, op_ids: Collection[int]) -> None:
+        """Let LAYERWISE stores of which not every layer was written fail; passes over what has ended."""
+        with self._changed:
+            self._layered.abandon(op_ids)
+            self._changed.notify_all()
+
     def cancel(self, op_id: int) -> None:
-        """Drop an op that still waits; it is reported as cancelled."""
+        """Drop an op that still waits; it is reported as cancelled. A store layer by layer does not wait."""
         with self._changed:
             queued = self._loads.pop(op_id, None) or self._stores.pop(op_id, None)
         if queued is not None:
@@ -190,8 +223,7 @@ class TransferEngine:
         _leave_pinned_core()
         while True:
             with self._changed:
-                timeout = ARRIVAL_POLL_S if self._arriving else None
-                self._changed.wait_for(lambda: self._closed or self._loads or self._stores, timeout)
+                self._changed.wait_for(self._has_work, self._poll_s())
                 if self._closed:
                     break
                 queue = self._loads or self._stores
@@ -199,8 +231,18 @@ class TransferEngine:
             if item is not None:
                 self._run(item)
             self._advance_arriving()
-        for arriving in self._arriving:
-            self._report(_failed(arriving.item.op, OpStatus.CANCELLED))
+            self._advance_layered()
+        for op in [*(arriving.item.op for arriving in self._arriving), *self._layered.ops()]:
+            self._report(_failed(op, OpStatus.CANCELLED))
+
+    def _has_work(self) -> bool:
+        is_queued = self._closed or self._loads or self._stores
+        return bool(is_queued) or self._layered.next(time.monotonic()) is not None
+
+    def _poll_s(self) -> float | None:
+        if self._arriving:
+            return ARRIVAL_POLL_S
+        return LAYER_POLL_S if len(self._layered) else None
 
     def _run(self, item: _Queued) -> None:
         op = item.op
@@ -221,21 +263,49 @@ class TransferEngine:
                 self._arriving.append(load)
 
     def _store(self, item: _Queued) -> None:
-        """Copy piece by piece, letting loads in between."""
-        op, started = item.op, time.monotonic()
+        started = time.monotonic()
+        ok = self._gather(item.op, lambda part: self._copier.gather(part, item.after), self._piece_blocks)
+        if ok is not None:
+            self._report(OpResult(item.op.op_id, OpStatus.DONE, ok, time.monotonic() - started))
+
+    def _gather(self, op: TransferOp, gather: _Gather, piece_blocks: int) -> npt.NDArray[np.bool_] | None:
+        """Copy piece by piece, letting loads in between; None when that failed and was reported."""
         ok = np.ones(len(op.slots), np.bool_)
 
         def copy(indices: npt.NDArray[np.intp]) -> None:
-            kept = self._copier.gather(op.part(indices), item.after)
+            kept = gather(op.part(indices))
             if kept is not None:
                 ok[indices] = kept
 
-        for start in range(0, len(op.slots), self._piece_blocks):
-            piece = np.arange(start, min(start + self._piece_blocks, len(op.slots)))
+        for start in range(0, len(op.slots), piece_blocks):
+            piece = np.arange(start, min(start + piece_blocks, len(op.slots)))
             if not self._attempt(op, partial(copy, piece)):
-                return
+                return None
             self._let_loads_in()
-        self._report(OpResult(op.op_id, OpStatus.DONE, ok, time.monotonic() - started))
+        return ok
+
+    def _advance_layered(self) -> None:
+        """Copy some layers of a store, or end it, if there is anything to do."""
+        with self._changed:
+            work = self._layered.next(time.monotonic())
+        if isinstance(work, LayerCopy):
+            self._store_layers(work)
+        elif work is not None:
+            op, end = work
+            logger.warning("store of %d blocks, layer by layer: %s; dropped", len(op.slots), end.value)
+            self._report(_failed(op, OpStatus.FAILED))
+
+    def _store_layers(self, work: LayerCopy) -> None:
+        store, layers, started = work.store, work.layers, time.monotonic()
+        is_last = layers.stop == self.layer_count
+        # The last ones come with a pass over all bytes, for the checksums.
+        blocks = self._piece_blocks if is_last else self._piece_blocks * self.layer_count // len(layers)
+        ok = self._gather(store.op, lambda part: self._copier.gather(part, work.after, layers), blocks)
+        if ok is None:
+            return
+        store.copied, store.seconds = layers.stop, store.seconds + time.monotonic() - started
+        if is_last:
+            self._report(OpResult(store.op.op_id, OpStatus.DONE, ok, store.seconds))
 
     def _attempt(self, op: TransferOp, copy: Callable[[], None]) -> bool:
         """Run a copy; when the device raises, report the whole op as failed and return False."""
@@ -357,6 +427,7 @@ class TransferEngine:
             self._on_result(result)
         finally:
             with self._changed:
+                self._layered.end(result.op_id)
                 self._unfinished.discard(result.op_id)
                 self._changed.notify_all()
 

@@ -17,10 +17,12 @@ from flexkv_core.types import KEY_BYTES, BlockIds, Direction, Slots
 
 
 class Delivery(Enum):
-    """In which order a LOAD brings its bytes."""
+    """In which order an op brings its bytes."""
 
     WHOLE = "whole"  # block by block, checked on the way; the device may read when the op is reported
-    LAYERWISE = "layerwise"  # checked first, then layer by layer: the device may read a layer while the next ones are still coming
+    # Checked first, then layer by layer: the device may read a layer while the next ones are still coming. A STORE: each layer as soon as
+    # it is written, the checksums behind the last.
+    LAYERWISE = "layerwise"
     TENTATIVE = "tentative"  # layer by layer at once, checked last: for a reader whose results are dropped if the op's say so
 
 
@@ -37,7 +39,8 @@ class TransferOp:
             leaves that part of the slot out.
         awaited: bool [n], in a LOAD: slots that are being read from a lower tier; each is copied when the segment's ``arrivals`` say so,
             unless delivery is WHOLE when all have arrived.
-        delivery: of a LOAD. A STORE is WHOLE.
+        delivery: of a LOAD. A STORE is WHOLE, or LAYERWISE where somebody says when each layer is written, see
+            :meth:`~flexkv_core.transfer.engine.TransferEngine.layers_written`.
     """
 
     op_id: int
@@ -53,7 +56,7 @@ class TransferOp:
         assert len(self.slots) > 0
         assert len(self.blocks) % len(self.slots) == 0, (len(self.blocks), len(self.slots))
         assert self.awaited is None or len(self.awaited) == len(self.slots)
-        assert self.delivery is Delivery.WHOLE or self.direction is Direction.LOAD
+        assert self.delivery is not Delivery.TENTATIVE or self.direction is Direction.LOAD
 
     def part(self, indices: npt.NDArray[np.intp]) -> TransferOp:
         """The copies of some slots, in the order of ``indices``; nothing of it is awaited."""
@@ -139,9 +142,14 @@ class DeviceCopier(Protocol):
     def mark(self) -> object:
         """A point in the device's work: everything that the engine has submitted so far, on the calling thread's stream."""
 
-    def gather(self, op: TransferOp, after: object) -> npt.NDArray[np.bool_] | None:
+    def gather(
+        self, op: TransferOp, after: object, layers: range | None = None
+    ) -> npt.NDArray[np.bool_] | None:
         """Device blocks -> slots, once the device has passed ``after``; writes the slots' checksums. Returns when the bytes are there: bool
-        [n], False for a slot whose bytes must not be used; None: all may be."""
+        [n], False for a slot whose bytes must not be used; None: all may be.
+
+        With ``layers``, of these layers of ``segments`` alone. A store layer by layer calls it for layer 0 and the next ones up to the last,
+        in order; only with the last ones all bytes are there, the checksums written, and what is returned means anything."""
 
     def scatter(self, op: TransferOp, after: object, verify: bool) -> npt.NDArray[np.bool_]:
         """Slots -> device blocks, once the device has passed ``after``; bool [n], False for a block whose bytes do not match their

@@ -44,9 +44,9 @@ class ModeTable:
             chosen = mode
         return chosen
 
-    def choose_for_layers(self, layer_bytes: int) -> Mode:
-        """The mode for a load layer by layer, of ``layer_bytes`` a layer: never STAGED."""
-        mode = self.choose(Direction.LOAD, layer_bytes)
+    def choose_for_layers(self, direction: Direction, layer_bytes: int) -> Mode:
+        """The mode for a transfer layer by layer, of ``layer_bytes`` at a time: never STAGED."""
+        mode = self.choose(direction, layer_bytes)
         if mode is Mode.STAGED:
             return Mode.DIRECT if self.direct else Mode.DMA
         return mode

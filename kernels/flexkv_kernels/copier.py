@@ -71,11 +71,22 @@ class CpuCopier:
         """The CPU computes when it is called: what was submitted is done."""
         return None
 
-    def gather(self, op: TransferOp, after: object) -> None:
+    def gather(self, op: TransferOp, after: object, layers: range | None = None) -> None:
         """Blocks -> slots, and the slots' checksums; see the protocol."""
+        if layers is not None:
+            self._gather_layers(op, layers)
+            return
         checksums = np.empty(len(op.slots), np.uint32)
         native.gather_crc(**self._arguments(op.slots, op.blocks), keys=op.keys, crc_out=checksums)
         self._host.checksums[op.slots, self._shard] = checksums
+
+    def _gather_layers(self, op: TransferOp, layers: range) -> None:
+        per_slot = len(op.blocks) // len(op.slots)
+        for run in self.segments.runs_of(layers.start, len(layers)):
+            native.gather(**self._run_arguments(op.slots, op.blocks, run, 0, per_slot))
+        if layers.stop == self.segments.layer_count:
+            found = self._host.checksums_now(op.slots, op.keys, self._shard)
+            self._host.checksums[op.slots, self._shard] = found
 
     def scatter(self, op: TransferOp, after: object, verify: bool) -> npt.NDArray[np.bool_]:
         """Slots -> blocks, each checked while it is in the cache; see the protocol."""

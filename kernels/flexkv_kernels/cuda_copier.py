@@ -73,9 +73,7 @@ class CudaCopier(StreamCopier):
             LayoutError: what was found and what was expected.
             TransferError: there is no CUDA driver.
         """
-        segments = pieces_of(tensors, block_dim, layers)
-        if tensors[0].device.type != "cuda":
-            raise LayoutError(f"KV tensors: found device {tensors[0].device}; expected cuda")
+        segments = cuda_segments(tensors, block_dim, layers)
         return cls(segments, tensors[0].device, settings, keep_alive=list(tensors))
 
     def bind(self, host: HostSegment, shard: int) -> None:
@@ -134,3 +132,17 @@ class CudaCopier(StreamCopier):
             torch.cuda.synchronize(self._device)
             for start in range(0, pinned.pinned_bytes, pinned.piece_bytes):
                 self._cuda.driver.unregister(pinned.address + start)
+
+
+def cuda_segments(
+    tensors: Sequence[torch.Tensor], block_dim: int, layers: Sequence[int] | None
+) -> DeviceSegments:
+    """Of tensors on a GPU; see :func:`~flexkv_kernels.segments.pieces_of`.
+
+    Raises:
+        LayoutError: what was found and what was expected.
+    """
+    segments = pieces_of(tensors, block_dim, layers)
+    if tensors[0].device.type != "cuda":
+        raise LayoutError(f"KV tensors: found device {tensors[0].device}; expected cuda")
+    return segments

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from flexkv_core.layout import DeviceSegments
-from flexkv_core.quantised import QuantisedImage
+from flexkv_core.quantised import QuantisedImage, check_quantisable
 from flexkv_kernels.calibration import ModeTable
-from flexkv_kernels.cuda_copier import CudaCopier
+from flexkv_kernels.cuda_copier import CudaCopier, cuda_segments
 from flexkv_kernels.cuda_driver import PinnedRange
 from flexkv_kernels.cuda_streams import CudaStreams
 from flexkv_kernels.quantised_copy import choose_variant, dequantise, quantise
@@ -26,8 +28,11 @@ class QuantisingCudaStreams(CudaStreams):
         self._image = image
         self._variant = choose_variant(segments, image)
 
-    def gather(self, stream: Stream, blocks: Addresses, images: Addresses, place: ImagePlace) -> None:
-        """See the protocol."""
+    def gather(
+        self, stream: Stream, blocks: Addresses, images: Addresses, place: ImagePlace, run: slice = ALL
+    ) -> None:
+        """See the protocol; of all segments."""
+        assert run == ALL, "a block is rounded as a whole"
         with self._on(stream):
             lists = self._upload(stream, blocks, images)
             quantise(self._table, *lists, self._image, self._variant, self._programs_for(place))
@@ -64,6 +69,26 @@ class QuantisingCudaCopier(QuantisingStreamCopier, CudaCopier):
     ) -> None:
         self._image = QuantisedImage.of(segments, scales)
         CudaCopier.__init__(self, segments, device, settings, keep_alive)
+
+    @classmethod
+    def from_tensors(
+        cls,
+        tensors: Sequence[torch.Tensor],
+        block_dim: int = 0,
+        settings: CopierSettings | None = None,
+        layers: Sequence[int] | None = None,
+        scales: int = 0,
+    ) -> QuantisingCudaCopier:
+        """As of the class above. ``scales``: as the class takes it; 0: one a segment.
+
+        Raises:
+            ConfigError: tensors that are not bfloat16.
+        """
+        segments = cuda_segments(tensors, block_dim, layers)
+        for tensor in tensors:
+            check_quantisable(str(tensor.dtype).removeprefix("torch."))
+        scales = scales or len(segments.addresses)
+        return cls(segments, tensors[0].device, scales, settings, keep_alive=list(tensors))
 
     def _open_streams(
         self, device: torch.device, segments: DeviceSegments, settings: CopierSettings

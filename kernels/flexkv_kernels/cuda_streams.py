@@ -97,11 +97,13 @@ class CudaStreams:
         except RuntimeError as error:  # what the device did wrong earlier shows here
             raise TransferError(f"CUDA: {error}") from error
 
-    def gather(self, stream: Stream, blocks: Addresses, images: Addresses, place: ImagePlace) -> None:
+    def gather(
+        self, stream: Stream, blocks: Addresses, images: Addresses, place: ImagePlace, run: slice = ALL
+    ) -> None:
         """See the protocol."""
         with self._on(stream):
             lists = self._upload(stream, blocks, images)
-            gather(self._table, *lists, self._access, self._programs_for(place))
+            gather(self._table, *lists, self._access, self._programs_for(place), run=run)
 
     def scatter(
         self, stream: Stream, blocks: Addresses, images: Addresses, place: ImagePlace, run: slice = ALL

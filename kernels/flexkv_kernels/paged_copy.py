@@ -118,6 +118,7 @@ def gather(
     access: Access,
     programs: int,
     checksums: torch.Tensor | None = None,
+    run: slice | None = None,
 ) -> None:
     """Blocks -> images, on the current stream.
 
@@ -128,8 +129,9 @@ def gather(
         access: of :func:`flexkv_kernels.access.choose_access`; images keep the alignment that was promised there.
         programs: how many programs run at most; about 16 fit on one SM.
         checksums: int64 [n] on the device, zeros; added to where ``access.checksum``.
+        run: neighbouring segments, which alone are copied, to their places in the images; without checksums.
     """
-    _launch(table, blocks, images, access, programs, checksums, to_images=True)
+    _launch(table, blocks, images, access, programs, checksums, to_images=True, run=run)
 
 
 def scatter(
@@ -141,11 +143,7 @@ def scatter(
     checksums: torch.Tensor | None = None,
     run: slice | None = None,
 ) -> None:
-    """Images -> blocks, on the current stream; arguments as in :func:`gather`. No block may be named twice.
-
-    ``run``: neighbouring segments, which alone are copied, from their places in the images; without checksums.
-    """
-    assert run is None or checksums is None, "a checksum is of a whole image"
+    """Images -> blocks, on the current stream; arguments as in :func:`gather`. No block may be named twice."""
     _launch(table, blocks, images, access, programs, checksums, to_images=False, run=run)
 
 
@@ -162,6 +160,7 @@ def _launch(
 ) -> None:
     assert len(blocks) == len(images), (len(blocks), len(images))
     assert access.checksum == (checksums is not None), "a checksum needs the variant that takes it"
+    assert run in (None, slice(None)) or checksums is None, "a checksum is of a whole image"
     start, stop, _ = (run or slice(None)).indices(len(table.addresses))
     items_per_block = (stop - start) * -(-table.piece_bytes // access.tile_bytes)
     step = max(1, (WORK_ITEMS_MAX - 1) // items_per_block)

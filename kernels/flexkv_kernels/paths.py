@@ -163,6 +163,20 @@ class Paths:
                 streams.scatter(stream, chunk.blocks, chunk.images, ImagePlace.HOST, run)
         return streams.record(stream)
 
+    def store_layers(self, mode: Mode, chunk: Chunk, layers: range, after: object) -> object:
+        """The pieces of some layers -> their places in the images once ``after`` has passed; the event after which they are there. STAGED
+        has no gain here either."""
+        assert mode is not Mode.STAGED, mode
+        streams, stream = self.streams, Stream.STORE_DMA if mode is Mode.DMA else Stream.STORE_KERNEL
+        streams.wait(stream, after, Order.LAYER_WRITTEN)
+        for run in self.segments.runs_of(layers.start, len(layers)):
+            if mode is Mode.DMA:
+                pieces, images, sizes = self._pieces(chunk, run)
+                streams.copy(stream, pieces, images, sizes)
+            else:
+                streams.gather(stream, chunk.blocks, chunk.images, ImagePlace.HOST, run)
+        return streams.record(stream)
+
     def _pieces(self, chunk: Chunk, run: slice = ALL) -> tuple[Addresses, Addresses, Addresses]:
         """Address of every piece, of its place in its image, and its size; of the segments of ``run`` alone."""
         segments = self.segments

@@ -87,8 +87,13 @@ class QuantisingCpuCopier:
     def follow(self, layer: object) -> None:
         """What was submitted is done."""
 
-    def gather(self, op: TransferOp, after: object) -> npt.NDArray[np.bool_]:
-        """Blocks -> slots, and the slots' checksums; False for a slot with a value that is not finite; see the protocol."""
+    def gather(
+        self, op: TransferOp, after: object, layers: range | None = None
+    ) -> npt.NDArray[np.bool_] | None:
+        """Blocks -> slots, and the slots' checksums; False for a slot with a value that is not finite; all layers at once with the last
+        ones, because a block is rounded as a whole; see the protocol."""
+        if layers is not None and layers.stop < self.segments.layer_count:
+            return None
         native.quantise(**self._arguments(op, slice(None)))
         self._host.checksums[op.slots, self._shard] = self._host.checksums_now(op.slots, op.keys, self._shard)
         return finite_slots(self._host, self._shard, op.slots, self._image)

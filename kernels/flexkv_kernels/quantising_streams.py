@@ -35,6 +35,14 @@ class QuantisingStreamCopier(StreamCopier):
         """Refuse slots that are made for other images; raises LayoutError."""
         check_slots(self._image, host)
 
+    def gather(
+        self, op: TransferOp, after: object, layers: range | None = None
+    ) -> npt.NDArray[np.bool_] | None:
+        """See the protocol; all layers at once with the last ones: a block is rounded as a whole."""
+        if layers is not None and layers.stop < self.segments.layer_count:
+            return None
+        return super().gather(op, after)
+
     def scatter_layers(self, op: TransferOp, after: object, on_layer: Callable[[object], None]) -> None:
         """All layers at once, then each is announced: a layer's part of an image is no piece that DMA could bring by itself."""
         self.scatter(op, after, verify=False)

@@ -137,9 +137,13 @@ class StreamCopier:
         """An event on the calling thread's stream."""
         return self._streams.mark()
 
-    def gather(self, op: TransferOp, after: object) -> npt.NDArray[np.bool_]:
+    def gather(
+        self, op: TransferOp, after: object, layers: range | None = None
+    ) -> npt.NDArray[np.bool_] | None:
         """Blocks -> slots and their checksums, chunk by chunk; see the protocol."""
         self._refuse_what_cannot_be(op)
+        if layers is not None:
+            return self._gather_layers(op, after, layers)
         mode = self._modes.choose(Direction.STORE, self._op_bytes(op))
         parts = self._parts(op, mode)
         chunks = (self._chunk(part) for part in parts)
@@ -153,6 +157,13 @@ class StreamCopier:
             while under_way:
                 taken.append(self._finish_store(*under_way.popleft(), start))
             return np.concatenate([check() for check in taken])
+
+    def _gather_layers(self, op: TransferOp, after: object, layers: range) -> npt.NDArray[np.bool_] | None:
+        size = self._op_bytes(op) * len(layers) // self.segments.layer_count
+        mode = self._modes.choose_for_layers(Direction.STORE, size)
+        with self._settled():
+            self._finish(self._paths.store_layers(mode, self._chunk(op), layers, after), Order.STORED)
+        return self._take_checksums(op) if layers.stop == self.segments.layer_count else None
 
     def scatter(self, op: TransferOp, after: object, verify: bool) -> npt.NDArray[np.bool_]:
         """Slots -> blocks, each slot checked in host memory before it is sent; see the protocol."""
@@ -184,7 +195,7 @@ class StreamCopier:
         self._refuse_what_cannot_be(op)
         chunk = self._chunk(op)
         groups = self._layer_groups(self._op_bytes(op))
-        mode = self._modes.choose_for_layers(self._op_bytes(op) // len(groups))
+        mode = self._modes.choose_for_layers(Direction.LOAD, self._op_bytes(op) // len(groups))
         layers: list[object] = []
         with self._settled():
             # All are queued before the first is announced: who reads it takes the interpreter, and may keep it for milliseconds.

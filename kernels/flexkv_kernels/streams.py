@@ -49,6 +49,7 @@ class Order(Enum):
     LAYER_LOADED = (
         "the engine reads a layer after its last byte is there, while later layers are still coming"
     )
+    LAYER_WRITTEN = "a store reads a layer after the engine has written it, while it computes later layers"
 
 
 class Streams(Protocol):
@@ -74,8 +75,11 @@ class Streams(Protocol):
     def finish(self, event: object, timeout_s: float, order: Order) -> None:
         """Wait for ``event`` on the host, at most ``timeout_s``."""
 
-    def gather(self, stream: Stream, blocks: Addresses, images: Addresses, place: ImagePlace) -> None:
-        """Kernel: blocks -> images, whose addresses are given."""
+    def gather(
+        self, stream: Stream, blocks: Addresses, images: Addresses, place: ImagePlace, run: slice = ALL
+    ) -> None:
+        """Kernel: blocks -> images, whose addresses are given; of the segments of ``run`` alone, whose pieces go to their places in whole
+        images."""
 
     def scatter(
         self, stream: Stream, blocks: Addresses, images: Addresses, place: ImagePlace, run: slice = ALL

@@ -1,6 +1,7 @@
 """Models whose layers keep their KV in several groups: sliding windows beside full attention, under vLLM's hybrid manager.
 
-A window of 256 tokens, chunks of 256: a prompt of 1,000 tokens leaves the window in every layer that has one while it is computed.
+A window of 256 tokens, chunks of 256: a prompt of 1,000 tokens leaves the window in every layer that has one while it is computed. Every store is
+layer by layer.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def hybrid(tiny_model: Callable[[str], Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(hybrid: Path) -> Iterator[Engine]:
-    with Engine(hybrid, {"host_bytes": "256MiB"}, OPTIONS) as running:
+    config = {"host_bytes": "256MiB", "layerwise_store_bytes_min": 1}
+    with Engine(hybrid, config, OPTIONS) as running:
         kinds = sorted(type(group.kv_cache_spec).__name__ for group in running.groups)
         assert kinds == ["FullAttentionSpec", "SlidingWindowSpec"], "vLLM's hybrid manager is on"
         yield running

@@ -1,8 +1,10 @@
-"""Loads within the step: attention waits for each layer, a failure is recomputed, and nothing that came of missing bytes is kept."""
+"""Loads and stores within the step: attention waits for each layer that is loaded, each layer that is computed is stored meanwhile, a failure is
+recomputed, and nothing that came of missing bytes is kept."""
 
 from __future__ import annotations
 
 import ctypes
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +18,7 @@ from flexkv_core.transfer.engine import TransferEngine
 from flexkv_core.transfer.plan import TransferOp
 from flexkv_kernels.copier import CpuCopier
 from flexkv_vllm.in_step import InStepLoads, InStepPolicy
+from flexkv_vllm.in_step_stores import InStepStores
 from tests.e2e.checks import hit_differences
 from tests.e2e.engine import BLOCK_TOKENS, RECOMPUTE_BOUND, Engine, prompt_tokens
 
@@ -25,14 +28,15 @@ LAYER_DELAY_S = 0.1
 
 @pytest.fixture(scope="module")
 def engine(llama: Path) -> Iterator[Engine]:
-    """Prompts are recomputed in chunks, and 40 blocks are soon too few."""
+    """Prompts are recomputed in chunks, and 40 blocks are soon too few. Every store is layer by layer."""
     options = {
         "num_gpu_blocks_override": DEVICE_BLOCKS,
         "max_num_batched_tokens": 256,
         "long_prefill_token_threshold": 128,  # a step has room for others beside a long prompt
         "max_model_len": 2048,
     }
-    with Engine(llama, {"host_bytes": "256MiB", "layerwise_bytes_max": "1GiB"}, options) as running:
+    config = {"host_bytes": "256MiB", "layerwise_bytes_max": "1GiB", "layerwise_store_bytes_min": 1}
+    with Engine(llama, config, options) as running:
         yield running
 
 
@@ -251,3 +255,118 @@ def test_abort_after_the_step(engine: Engine, layerwise_loads: list[int]) -> Non
     engine.settle()
     assert engine.free_blocks() == DEVICE_BLOCKS - 1  # vLLM keeps block 0 for itself
     engine.check_integrity()
+
+
+class Stores:
+    """What was copied from the device during a test: which layers of which slots, and what the slots held in the end."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.copies: list[tuple[range | None, tuple[int, ...]]] = []
+        self.fail_at: int | None = None
+        self.host: Any = None
+        gather = CpuCopier.gather
+
+        def watched(copier: CpuCopier, op: TransferOp, after: object, layers: range | None = None) -> None:
+            self.host = copier._host
+            self.copies.append((layers, tuple(op.slots.tolist())))
+            if layers is not None and self.fail_at in layers:
+                raise TransferError("injected: the copy of a layer failed")
+            gather(copier, op, after, layers)
+
+        monkeypatch.setattr(CpuCopier, "gather", watched)
+
+    def layers(self) -> set[range | None]:
+        return {layers for layers, _ in self.copies}
+
+    def held(self) -> list[tuple[bytes, list[int]]]:
+        """Bytes and checksums of all slots that were stored, in order."""
+        size = self.host.layout.slot_bytes
+        slots = list(dict.fromkeys(slot for _, slots in self.copies for slot in slots))
+        return [
+            (ctypes.string_at(self.host.address + slot * size, size), self.host.checksums[slot].tolist())
+            for slot in slots
+        ]
+
+
+@pytest.mark.parametrize("length", [3 * BLOCK_TOKENS, 1000])
+def test_what_is_stored_by_layers_is_what_a_whole_store_holds(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    """The same answer too; and without announcements, as in a graph of the whole forward, every store is whole."""
+    prompt, found = prompt_tokens(2700 + length, length), []
+    for is_announced in (True, False):
+        with monkeypatch.context() as patch:
+            if not is_announced:
+                patch.setattr(InStepStores, "written", lambda stores, name, submit: None)
+            stores = Stores(patch)
+            engine.reset(external=True)
+            answer = engine.ask(prompt)
+            found.append((answer.token_ids, answer.logprobs, stores.held()))
+        assert stores.layers() == ({range(1), range(1, 2)} if is_announced else {None})
+        engine.check_integrity()
+    assert found[0] == found[1]
+    assert len(found[0][2]) == (length + 7) // BLOCK_TOKENS
+
+
+def test_a_layer_is_stored_while_the_next_one_is_computed(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied, seen, gather, written = threading.Event(), [], CpuCopier.gather, InStepStores.written
+
+    def watched(copier: CpuCopier, op: TransferOp, after: object, layers: range | None = None) -> None:
+        gather(copier, op, after, layers)
+        copied.set()
+
+    def held_up(stores: InStepStores, name: str, submit: Any) -> None:
+        written(stores, name, submit)
+        if not seen:  # the forward goes on when the first layer is in host memory
+            seen.append(copied.wait(20))
+
+    monkeypatch.setattr(CpuCopier, "gather", watched)
+    monkeypatch.setattr(InStepStores, "written", held_up)
+    assert hit_differences(engine, prompt_tokens(2702, 700)) == set()
+    assert seen == [True]
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_store_that_fails_at_a_layer_is_a_later_miss(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, layer: int
+) -> None:
+    prompt = prompt_tokens(2703, 900)
+    engine.reset(external=True)
+    wanted = engine.ask(prompt)
+    engine.reset(external=True)
+    with monkeypatch.context() as patch:
+        stores = Stores(patch)
+        stores.fail_at = layer
+        answer = engine.ask(prompt)
+    assert (answer.token_ids, answer.logprobs) == (wanted.token_ids, wanted.logprobs)
+    assert stores.copies
+    engine.check_integrity()
+    assert engine.manager.usage()[0] == 0, "no block of it holds a slot"
+    engine.reset()
+    missed = engine.ask(prompt)
+    assert (missed.external_tokens, missed.token_ids) == (0, wanted.token_ids)
+
+
+def test_an_engine_that_writes_a_layer_twice_in_a_step_stores_whole(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of that step is kept. Last in this file: the engine's stores are whole from then on."""
+    prompt, written = prompt_tokens(2704, 200), InStepStores.written
+
+    def twice(stores: InStepStores, name: str, submit: Any) -> None:
+        written(stores, name, submit)
+        written(stores, name, submit)
+
+    engine.reset(external=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(InStepStores, "written", twice)
+        stores = Stores(patch)
+        answer = engine.ask(prompt)
+    assert None in stores.layers(), "the next step's"
+    engine.check_integrity()
+    engine.reset()
+    again = engine.ask(prompt)
+    assert again.token_ids == answer.token_ids
+    assert hit_differences(engine, prompt) == set()

@@ -154,9 +154,9 @@ class RecordingDevice(NumpyDevice):
         super().__init__(3 * CHAIN_BLOCKS_MAX)
         self.written: set[int] = set()
 
-    def gather(self, op: object, after: object) -> None:
+    def gather(self, op: object, after: object, layers: range | None = None) -> None:
         self.written.update(op.slots.tolist())  # type: ignore[attr-defined]
-        super().gather(op, after)  # type: ignore[arg-type]
+        super().gather(op, after, layers)  # type: ignore[arg-type]
 
 
 def test_server_that_is_killed_is_found_again(socket: Path) -> None:

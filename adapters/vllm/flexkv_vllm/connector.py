@@ -102,7 +102,7 @@ class FlexKVConnector(KVConnectorBase_V1, HybridConnector):
     def save_kv_layer(
         self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
     ) -> None:
-        """Stores take all layers at once, after the forward."""
+        self._worker.layer_written(layer_name)
 
     def wait_for_save(self) -> None:
         self._start_stores_once(self._step())

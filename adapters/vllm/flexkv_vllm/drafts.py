@@ -75,6 +75,11 @@ def keeps_latent_kv(vllm_config: VllmConfig) -> bool:
     return speculative is None or bool(speculative.draft_model_config.use_mla)
 
 
+def keeps_kv(vllm_config: VllmConfig) -> bool:
+    """Whether there is a drafter with layers of its own in the engine's block tables."""
+    return _with_kv(vllm_config) is not None
+
+
 def drafter_identity(vllm_config: VllmConfig, config: FlexKVConfig) -> dict[str, object]:
     """What a slot's bytes depend on besides the model; empty without a drafter that keeps KV."""
     speculative = _with_kv(vllm_config)

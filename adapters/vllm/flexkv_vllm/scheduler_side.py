@@ -32,6 +32,7 @@ from flexkv_vllm.drafts import unsettled_tokens, withheld_blocks
 from flexkv_vllm.events import EventLog, publishes_events
 from flexkv_vllm.groups import Groups, Tables, of_engine, of_lists
 from flexkv_vllm.in_step import InStepPolicy
+from flexkv_vllm.in_step_stores import InStepStorePolicy
 from flexkv_vllm.layout import check_supported, identity, ranks_of, slot_layout
 from flexkv_vllm.metadata import StepMetadata, WorkerResults
 from flexkv_vllm.stats import FlexKVStats
@@ -114,6 +115,7 @@ class SchedulerSide:
         )
         self._in_step = InStepPolicy(vllm_config, config)
         self._loads_in_step: set[str] = set()  # since the last step
+        self._stores_in_step = InStepStorePolicy(vllm_config, config)
         self._sampler = HitSampler(config.verify_sample)
         self._checks: set[int] = set()  # planned since the last step
         model = ModelConfig(
@@ -402,7 +404,9 @@ class SchedulerSide:
         )
         state.unanswered = planned if task_id < 0 else None
         if count:
-            self._launch(state, task_id, start, self._groups.blocks(tables, start, start + count))
+            delivery = self._stores_in_step.delivery(count * self.manager.layout.slot_bytes)
+            blocks = self._groups.blocks(tables, start, start + count)
+            self._launch(state, task_id, start, blocks, delivery)
 
     def _tables(self, state: _RequestState, finished: bool) -> Tables:
         """The request's device blocks as they are now. Those of one that has ended came with the news."""
@@ -411,12 +415,19 @@ class SchedulerSide:
             return of_lists(state.device_blocks)
         return of_engine(block_tables(manager, state.request.request_id))
 
-    def _launch(self, state: _RequestState, task_id: int, start: int, blocks: BlockIds) -> None:
+    def _launch(
+        self,
+        state: _RequestState,
+        task_id: int,
+        start: int,
+        blocks: BlockIds,
+        delivery: Delivery = Delivery.WHOLE,
+    ) -> None:
         """Start a store or a check, from FlexKV block ``start`` on; what it needs is held until it has ended."""
         state.stores[task_id] = start
         if self._groups.lose_blocks:
             self._losable[task_id] = self._groups.losable(blocks)
-        self.manager.launch_blocks(task_id, blocks)
+        self.manager.launch_blocks(task_id, blocks, delivery)
 
     def _is_sampled(self, state: _RequestState) -> bool:
         """Whether the request's hit is computed again and compared; decided once a request."""

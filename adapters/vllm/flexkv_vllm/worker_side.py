@@ -1,7 +1,7 @@
 """The connector's worker side: one rank's copies between vLLM's KV tensors and the host tier.
 
 Ops come with a step's metadata and run on the thread of a :class:`~flexkv_core.transfer.engine.TransferEngine`, checks on that of another.
-Loads start before the step's forward, stores and checks behind it. Whatever fails is reported, so that vLLM computes those blocks again; nothing here raises while serving.
+Loads start before the step's forward, stores and checks behind it, large stores on request layer by layer within it. Whatever fails is reported, so that vLLM computes those blocks again; nothing here raises while serving.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from flexkv_core.config import FlexKVConfig
 from flexkv_core.errors import FlexKVError
 from flexkv_core.storage.memory import HostSegment, SegmentHandle
 from flexkv_core.transfer.engine import TransferEngine
-from flexkv_core.transfer.plan import DeviceCopier, OpResult, OpStatus, TransferOp
+from flexkv_core.transfer.plan import Delivery, DeviceCopier, OpResult, OpStatus, TransferOp
 from flexkv_core.verify import TOLERANCES, ShadowCopier
 from flexkv_kernels import copier_over
 from flexkv_vllm.groups import Groups
 from flexkv_vllm.in_step import InStepLoads
+from flexkv_vllm.in_step_stores import InStepStores
 from flexkv_vllm.layout import (
     check_supported,
     device_segments,
@@ -74,6 +75,8 @@ class WorkerSide:
         self._failed_blocks: set[int] = set()
         self._failed_requests: set[str] = set()
         self._in_step: InStepLoads | None = None
+        self._stores_in_step: InStepStores | None = None
+        self._step: StepMetadata | None = None  # the one that runs
         self._step_failed = False  # a load within this step did
         self._outbox: dict[int, tuple[OpResult, ...]] = {}
 
@@ -93,6 +96,9 @@ class WorkerSide:
         self._copier = copier_over(segments, tensor.device, memory, self._layout.scales)
         numbers = layer_numbers(kv_caches, self._kv_cache_config)
         self._in_step = InStepLoads(numbers, self._config.transfer_timeout_s)
+        self._stores_in_step = InStepStores(
+            numbers, self._copier.segments.layer_count, self._config.transfer_timeout_s
+        )
         dtype = str(tensor.dtype).removeprefix("torch.")
         if self._config.verify_sample and dtype in TOLERANCES:
             self._shadow = ShadowCopier(copier_over(segments, tensor.device, memory), dtype)
@@ -128,16 +134,28 @@ class WorkerSide:
             self._submit(op, metadata)
             if request_id in metadata.in_step and self._engine is not None and self._in_step is not None:
                 self._in_step.begin(self._engine, op.op_id)
+        self._step = metadata
+        if self._stores_in_step is not None and self._writes:
+            self._stores_in_step.offer(metadata.stores)
 
     def wait_for_layer(self, name: str) -> None:
         """Attention on the layer ``name`` follows."""
         if self._in_step is not None:
             self._in_step.wait_for_layer(name)
 
+    def layer_written(self, name: str) -> None:
+        """Attention on the layer ``name`` was given to the device."""
+        if self._stores_in_step is not None:
+            self._stores_in_step.written(name, self._begin_store)
+
     def start_stores(self, metadata: StepMetadata) -> None:
         """Submit the stores and the checks of what the step has computed; not where it computed from missing bytes."""
         self._end_loads_in_step(metadata)
-        for op in metadata.stores if not self._step_failed else ():
+        begun: frozenset[int] = frozenset()
+        if self._stores_in_step is not None:
+            begun = self._stores_in_step.end(keep=not self._step_failed)
+        stores = [replace(op, delivery=Delivery.WHOLE) for op in metadata.stores if op.op_id not in begun]
+        for op in stores if not self._step_failed else ():
             if self._writes:
                 self._submit(op, metadata)
             else:  # another rank stores the same bytes
@@ -145,7 +163,7 @@ class WorkerSide:
         for op in metadata.checks if not self._step_failed else ():
             self._submit(op, metadata, is_check=True)
         if self._step_failed:
-            for op in (*metadata.stores, *metadata.checks):
+            for op in (*stores, *metadata.checks):
                 self._results.append(OpResult(op.op_id, OpStatus.FAILED, np.zeros(len(op.slots), np.bool_)))
         self._releases.update(metadata.releases)
 
@@ -187,6 +205,12 @@ class WorkerSide:
         self._end_transfers()
 
     # Inside
+
+    def _begin_store(self, op: TransferOp) -> TransferEngine | None:
+        """Start a store within the step; the engine that has it."""
+        assert self._step is not None
+        self._submit(op, self._step)
+        return self._engine
 
     def _submit(self, op: TransferOp, metadata: StepMetadata, is_check: bool = False) -> None:
         with self._changed:

@@ -129,6 +129,11 @@ BENCHES: dict[str, Bench] = {
         "time to first token of hits in host memory, a real vLLM server: layer by layer and whole in turns",
         {"ttft_layerwise_ratio": Bar("<=", 1.0)},
     ),
+    "layerwise-stores": Bench(
+        "flexkv_core.cli.bench.layerwise_stores",
+        "time to first token of requests that miss, a real vLLM server: stored layer by layer and whole in turns",
+        {"ttft_miss_layerwise_ratio": Bar("<=", 1.0)},
+    ),
     "startup": Bench(
         "flexkv_core.cli.bench.startup",
         "start of a real vLLM server until it answers, in turns, with and without FlexKV",

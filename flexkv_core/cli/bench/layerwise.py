@@ -23,7 +23,7 @@ from flexkv_core.cli.harness.server import CPU_ARGUMENTS, CPU_ENVIRONMENT, KV_TR
 PAIRS = 40
 QUICK_PAIRS = 3
 HIT_BLOCKS = 62
-_BLOCK_TOKENS = 64
+BLOCK_TOKENS = 64
 _QUESTION_TOKENS = 20
 """Behind the hit: a short question about a long text."""
 _WARM_UP_PAIRS = 2
@@ -32,8 +32,8 @@ _SEED = 20_242
 _TOKEN_IDS = range(100, 40_000)
 _PAUSE_S = 0.3
 """Before each question, so that what the one before left to do is done."""
-_VALUES_PER_TOKEN = 30 * 2 * 3 * 64  # layers, K and V, heads, head size
-_DTYPES = {"float32": ("fp32", 4), "bfloat16": ("bf16", 2)}
+VALUES_PER_TOKEN = 30 * 2 * 3 * 64  # layers, K and V, heads, head size
+DTYPES = {"float32": ("fp32", 4), "bfloat16": ("bf16", 2)}
 _SIDES = {"layerwise": HIT_BLOCKS, "whole": HIT_BLOCKS + 1}
 
 
@@ -45,7 +45,7 @@ def run(quick: bool = False) -> dict[str, float]:
     start.
     """
     figures: dict[str, float] = {}
-    dtypes = {dtype: value for dtype, value in _DTYPES.items() if dtype in ("float32", compute_dtype())}
+    dtypes = {dtype: value for dtype, value in DTYPES.items() if dtype in ("float32", compute_dtype())}
     for dtype, (name, value_bytes) in dtypes.items():
         times_ms = _measure(dtype, value_bytes, QUICK_PAIRS if quick else PAIRS)
         ratios = [a / b for a, b in zip(times_ms["layerwise"], times_ms["whole"], strict=True)]
@@ -57,21 +57,21 @@ def run(quick: bool = False) -> dict[str, float]:
         }
         figures |= {f"ttft_{side}_{name}_ms": median(values) for side, values in times_ms.items()}
     worst = max(figures[f"ttft_layerwise_ratio_{name}"] for name, _ in dtypes.values())
-    return {"ttft_layerwise_ratio": worst, **figures, "hit_tokens": HIT_BLOCKS * _BLOCK_TOKENS}
+    return {"ttft_layerwise_ratio": worst, **figures, "hit_tokens": HIT_BLOCKS * BLOCK_TOKENS}
 
 
 def _measure(dtype: str, value_bytes: int, pairs: int) -> dict[str, list[float]]:
     """Times to first token in ms by side, pair by pair."""
     rng = random.Random(_SEED)
     prompts = {
-        side: rng.choices(_TOKEN_IDS, k=blocks * _BLOCK_TOKENS + _QUESTION_TOKENS)
+        side: rng.choices(_TOKEN_IDS, k=blocks * BLOCK_TOKENS + _QUESTION_TOKENS)
         for side, blocks in _SIDES.items()
     }
     environment = {
         **CPU_ENVIRONMENT,
         "VLLM_CPU_OMP_THREADS_BIND": compute_cpus(),
         "FLEXKV_HOST_BYTES": str(_POOL_BYTES),
-        "FLEXKV_LAYERWISE_BYTES_MAX": str(HIT_BLOCKS * _BLOCK_TOKENS * _VALUES_PER_TOKEN * value_bytes),
+        "FLEXKV_LAYERWISE_BYTES_MAX": str(HIT_BLOCKS * BLOCK_TOKENS * VALUES_PER_TOKEN * value_bytes),
     }
     arguments = [*CPU_ARGUMENTS, "--dtype", dtype, "--kv-transfer-config", KV_TRANSFER_CONFIG]
     times_ms: dict[str, list[float]] = {side: [] for side in _SIDES}
@@ -97,7 +97,7 @@ def _ask(client: VllmClient, prompt: list[int]) -> float:
     client.reset_prefix_cache()
     time.sleep(_PAUSE_S)
     answer = client.complete(prompt, tokens_max=1)
-    wanted = (len(prompt) - 1) // _BLOCK_TOKENS * _BLOCK_TOKENS
+    wanted = (len(prompt) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
     if answer.cached_tokens != wanted:
         raise RuntimeError(f"{answer.cached_tokens} tokens were found in a cache, expected {wanted}")
     return answer.ttft_ms

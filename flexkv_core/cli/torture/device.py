@@ -87,8 +87,8 @@ class NumpyDevice:
         """Whatever was submitted is done."""
         return None
 
-    def gather(self, op: TransferOp, after: object) -> None:
-        """Blocks -> slots, and their checksums; see the protocol."""
+    def gather(self, op: TransferOp, after: object, layers: range | None = None) -> None:
+        """Blocks -> slots, and their checksums; all segments are one layer; see the protocol."""
         checksums = np.empty(len(op.slots), np.uint32)
         native.gather_crc(**self._arguments(op), keys=op.keys, crc_out=checksums)
         self._host.checksums[op.slots, 0] = checksums

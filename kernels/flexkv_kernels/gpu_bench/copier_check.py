@@ -39,7 +39,11 @@ def _check_copier() -> list[str]:
         return [
             f"copier, {mode.value}{name}: {text}"
             for mode in Mode
-            for name, trip in (("", rig.round_trip), (" by layers", rig.layered_trip))
+            for name, trip in (
+                ("", rig.round_trip),
+                (" by layers", rig.layered_trip),
+                (" stored by layers", rig.layered_store_trip),
+            )
             for _ in range(ROUNDS)
             for text in trip(mode)
         ]
@@ -58,10 +62,15 @@ def removals_noticed() -> dict[str, bool]:
         (Order.SCATTERED, Mode.STAGED),
         (Order.LOADED, Mode.STAGED),
         (Order.LAYER_LOADED, Mode.DIRECT),
+        (Order.LAYER_WRITTEN, Mode.DIRECT),
     ):
         with _rig() as rig:
             rig.leave_out(order)
-            trip = rig.layered_trip if order is Order.LAYER_LOADED else rig.round_trip
+            layered = {
+                Order.LAYER_LOADED: rig.layered_trip,
+                Order.LAYER_WRITTEN: rig.layered_store_trip,
+            }
+            trip = layered.get(order, rig.round_trip)
             noticed[order.name] = any(trip(mode) for _ in range(2 * ROUNDS))
     return noticed
 
@@ -173,6 +182,37 @@ class _Rig:
             found.append("layers differ")
         if not all(torch.equal(a, b) for a, b in zip(readers, old, strict=True)):
             found.append("blocks overwritten while the engine read them")
+        return found
+
+    def layered_store_trip(self, mode: Mode) -> list[str]:
+        """Write blocks layer by layer, a long computation before each few layers, and store every layer as soon as it is submitted; then
+        overwrite them at once, and load them elsewhere."""
+        self.copier._modes = ModeTable({direction: [(0, mode)] for direction in Direction})
+        order = self.rng.permutation(BLOCKS)
+        sources, targets = order[: BLOCKS // 2], order[BLOCKS // 2 :]
+        wanted = [_random_like(tensor[: BLOCKS // 2]) for tensor in self.tensors]
+        slots = self.rng.permutation(self.host.slot_count)[: BLOCKS // 2].astype(np.int32)
+        keys = self.rng.bytes(16 * len(slots))
+        mine, others = torch.from_numpy(sources).cuda(), torch.from_numpy(targets).cuda()
+        store = TransferOp(1, Direction.STORE, keys, slots, sources, delivery=Delivery.LAYERWISE)
+        torch.cuda.synchronize()
+        marks = []
+        for layer, (tensor, fresh) in enumerate(zip(self.tensors, wanted, strict=True)):
+            if layer % 4 == 0:
+                self._compute(16)
+            tensor[mine] = fresh
+            marks.append(self.copier.mark())
+        for start in range(0, LAYERS, 4):
+            self.copier.gather(store, marks[start + 3], range(start, start + 4))
+        for tensor in self.tensors:
+            tensor[mine] = 0
+        load = TransferOp(2, Direction.LOAD, keys, slots, targets)
+        ok = self.copier.scatter(load, self.copier.mark(), verify=native.NATIVE)
+        torch.cuda.synchronize()
+        loaded = [tensor[others] for tensor in self.tensors]
+        found = [] if ok.all() else ["blocks refused"]
+        if not all(torch.equal(a, b) for a, b in zip(loaded, wanted, strict=True)):
+            found.append("stored bytes differ")
         return found
 
     def _compute(self, products: int = 64) -> None:

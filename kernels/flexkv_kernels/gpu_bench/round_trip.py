@@ -28,7 +28,7 @@ class Case:
     programs: int = 3
     skip: bool = False  # leave the first block out by a negative id
     checksum: bool = False
-    layerwise: bool = False  # scatter tensor by tensor
+    layerwise: bool = False  # layer by layer
 
 
 def differences(case: Case, device: str = "cpu") -> list[str]:
@@ -88,7 +88,7 @@ class _Run:
         alignment = int(np.gcd.reduce(images.cpu().numpy()))
         access = choose_access(self.segments, alignment, self.case.checksum)
         table = SegmentTable.on(self.device, self.segments)
-        if not (self.case.layerwise and kernel is paged_copy.scatter):
+        if not self.case.layerwise:
             kernel(table, self.named, images, access, self.case.programs, sums)
             return
         for layer in range(self.segments.layer_count):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,6 +86,35 @@ def test_what_was_written_is_read(store: SsdStore, host: Host, order: str) -> No
     to = np.arange(count) if order == "neighbours" else rng.permutation(count)
     assert (read_all(store, batch_of(blocks, slots, to)) == OK).all()
     assert all(host.holds(slot, block) for slot, block in zip(to, blocks, strict=True))
+
+
+def test_a_file_system_that_takes_no_direct_access(
+    spec: SsdSpec, host: Host, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The page cache is used: what was written is there, and is found again."""
+    really_open = os.open
+
+    def refusing(path: Any, flags: int, *more: Any, **others: Any) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return really_open(path, flags, *more, **others)
+
+    monkeypatch.setattr(os, "open", refusing)
+    caplog.set_level("INFO")
+    blocks, slots = np.arange(1, 31), np.random.default_rng(1).permutation(60)[:30]
+    for is_again in (False, True):
+        try:
+            store = SsdStore(spec, host.segment)
+        except ConfigError as error:
+            pytest.skip(str(error))
+        assert not store.files.direct
+        assert "takes no O_DIRECT; the page cache is used" in caplog.text
+        if not is_again:
+            assert (write(store, host, blocks, slots) == OK).all()
+        host.wipe()
+        assert (read_all(store, batch_of(blocks, slots, np.arange(30))) == OK).all()
+        assert all(host.holds(place, block) for place, block in enumerate(blocks))
+        store.close()
 
 
 def test_neighbours_move_together(store: SsdStore) -> None:

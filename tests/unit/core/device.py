@@ -24,7 +24,7 @@ LAYERS = 3
 
 class FaultyCopier:
     """Delegates to ``inner``; ``fail`` makes copies raise, ``hold`` makes them wait until it is set; ``hold_layer`` is called with each
-    layer's number before it is published."""
+    layer's number before it is published, or, the first of some, before they are stored."""
 
     concurrent = True
     store_piece_bytes = STORE_PIECE_BYTES
@@ -50,9 +50,11 @@ class FaultyCopier:
     def mark(self) -> object:
         return self.inner.mark()
 
-    def gather(self, op: TransferOp, after: object) -> None:
+    def gather(self, op: TransferOp, after: object, layers: range | None = None) -> None:
         self._enter(op)
-        self.inner.gather(op, after)
+        if layers is not None:
+            self.hold_layer(layers.start)
+        self.inner.gather(op, after, layers)
 
     def scatter(self, op: TransferOp, after: object, verify: bool) -> npt.NDArray[np.bool_]:
         self._enter(op)

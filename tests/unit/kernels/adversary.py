@@ -88,8 +88,10 @@ class Adversary:
             if not self._step():
                 raise TransferError(f"the device did not finish within {timeout_s:g} s: {order.value}")
 
-    def gather(self, stream: Stream, blocks: Addresses, images: Addresses, place: ImagePlace) -> None:
-        self._queue_copies(stream, *self._pieces(blocks, images))
+    def gather(
+        self, stream: Stream, blocks: Addresses, images: Addresses, place: ImagePlace, run: slice = ALL
+    ) -> None:
+        self._queue_copies(stream, *self._pieces(blocks, images, run))
 
     def scatter(
         self, stream: Stream, blocks: Addresses, images: Addresses, place: ImagePlace, run: slice = ALL

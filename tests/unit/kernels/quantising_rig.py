@@ -4,22 +4,17 @@ from __future__ import annotations
 
 from functools import partial
 
-import numpy as np
 import torch
 
 from flexkv_core import native
-from flexkv_core.layout import DeviceSegments, KVLayout
+from flexkv_core.layout import DeviceSegments
 from flexkv_core.quantised import QuantisedImage, quantised_layout
 from flexkv_core.storage.memory import HostSegment
-from flexkv_core.transfer.plan import DeviceCopier
-from flexkv_kernels.paths import Paths
 from flexkv_kernels.quantising import QuantisingCpuCopier
 from flexkv_kernels.quantising_streams import STAGED_ONLY, QuantisingStreamCopier
-from flexkv_kernels.segments import pieces_of
-from flexkv_kernels.stream_copier import BUFFERS, CopierSettings, staging_rings
 from flexkv_kernels.streams import ALL, Addresses, ImagePlace, Order, Stream
 from tests.unit.kernels.adversary import Adversary
-from tests.unit.kernels.stream_rig import BLOCKS, CHUNK_BLOCKS, TOKENS, Shape
+from tests.unit.kernels.stream_rig import BLOCKS, TOKENS, DeviceRig, Shape
 
 SPARE_SCALES = 3
 
@@ -33,8 +28,10 @@ class RoundingAdversary(Adversary):
         super().__init__(segments, seed, removed)
         self._image = image
 
-    def gather(self, stream: Stream, blocks: Addresses, images: Addresses, place: ImagePlace) -> None:
-        assert place is ImagePlace.STAGING
+    def gather(
+        self, stream: Stream, blocks: Addresses, images: Addresses, place: ImagePlace, run: slice = ALL
+    ) -> None:
+        assert (place, run) == (ImagePlace.STAGING, ALL)
         everything = slice(0, len(self._segments.addresses))
         self._queue(stream, native.quantise, blocks, images, [everything])
 
@@ -67,8 +64,8 @@ class RoundingAdversary(Adversary):
         self._chance()
 
 
-class QuantisingRig:
-    """``tensors`` are the device's memory: a layer each, K and V apart; ``copier`` is over streams, or the CPU's."""
+class QuantisingRig(DeviceRig):
+    """Of random bfloat16 values; ``copier`` is over streams, or the CPU's."""
 
     def __init__(
         self,
@@ -79,44 +76,24 @@ class QuantisingRig:
     ) -> None:
         shape = shape or Shape()
         generator = torch.Generator().manual_seed(seed)
-        self.tensors = [
-            torch.randn(2, BLOCKS, TOKENS, 8, generator=generator).to(torch.bfloat16)
-            for _ in range(shape.layers)
-        ]
-        segments = pieces_of(self.tensors, block_dim=1)
-        self.image = QuantisedImage.of(segments, len(segments.addresses) + SPARE_SCALES)
-        layout = KVLayout(TOKENS * shape.blocks_per_slot, TOKENS, segments.block_bytes, shape.shards)
-        self.host = HostSegment.create(BLOCKS, quantised_layout(layout, self.image.scales))
-        self.streams = RoundingAdversary(segments, self.image, seed, removed)
-        self.copier: DeviceCopier
+        super().__init__(
+            [
+                torch.randn(2, BLOCKS, TOKENS, 8, generator=generator).to(torch.bfloat16)
+                for _ in range(shape.layers)
+            ],
+            shape,
+        )
+        self.image = QuantisedImage.of(self.segments, len(self.segments.addresses) + SPARE_SCALES)
+        self.host = HostSegment.create(BLOCKS, quantised_layout(self.layout, self.image.scales))
+        self.streams = RoundingAdversary(self.segments, self.image, seed, removed)
         if streams:
-            buffer_bytes = CHUNK_BLOCKS * shape.blocks_per_slot * self.image.image_bytes
-            settings = CopierSettings(chunk_bytes=buffer_bytes)
-            copier = QuantisingStreamCopier(self.streams, segments, settings, self.image)
-            self._staging = np.zeros(2 * BUFFERS * buffer_bytes, np.uint8)
-            rings = staging_rings(self._staging.ctypes.data, buffer_bytes, BUFFERS)
-            paths = Paths(
-                self.streams, segments, *rings, self.host.address, image_bytes=self.image.image_bytes
-            )
+            paths, settings = self.paths(self.image.image_bytes)
+            copier = QuantisingStreamCopier(self.streams, self.segments, settings, self.image)
             copier.use(self.host, shape.shard, paths, STAGED_ONLY)
             self.copier = copier
         else:
-            self.copier = QuantisingCpuCopier(segments, self.image.scales)
+            self.copier = QuantisingCpuCopier(self.segments, self.image.scales)
             self.copier.bind(self.host, shape.shard)
-
-    def values(self, blocks: np.ndarray) -> torch.Tensor:
-        """bfloat16 [segments, n, tokens, 8]: what the device's blocks hold now."""
-        return torch.cat([tensor[:, torch.from_numpy(blocks)].clone() for tensor in self.tensors])
-
-    def write(self, blocks: np.ndarray, values: torch.Tensor) -> None:
-        """Overwrite the blocks, now."""
-        for tensor, part in zip(self.tensors, values.split(2), strict=True):
-            tensor[:, torch.from_numpy(blocks)] = part
-
-    def close(self) -> None:
-        self.streams.drain()
-        self.copier.close()
-        self.host.close()
 
 
 def rounded(values: torch.Tensor) -> torch.Tensor:

@@ -142,10 +142,11 @@ def test_what_disturbs_less_is_taken_when_it_is_nearly_as_fast(
 
 def test_layers_are_never_staged() -> None:
     modes = [(0, Mode.DMA), (1000, Mode.STAGED)]
-    table = ModeTable({Direction.LOAD: modes})
-    assert [table.choose_for_layers(size) for size in (10, 1000)] == [Mode.DMA, Mode.DIRECT]
-    unreached = ModeTable({Direction.LOAD: modes}, direct=False)
-    assert [unreached.choose_for_layers(size) for size in (10, 1000)] == [Mode.DMA, Mode.DMA]
+    for direction in Direction:
+        table = ModeTable({direction: modes})
+        assert [table.choose_for_layers(direction, size) for size in (10, 1000)] == [Mode.DMA, Mode.DIRECT]
+        unreached = ModeTable({direction: modes}, direct=False)
+        assert [unreached.choose_for_layers(direction, size) for size in (10, 1000)] == [Mode.DMA, Mode.DMA]
 
 
 def test_what_kernels_do_not_reach_is_remembered() -> None:
@@ -153,7 +154,7 @@ def test_what_kernels_do_not_reach_is_remembered() -> None:
         return {Mode.DMA: 9.0, Mode.STAGED: 1.0}[mode]
 
     table = calibrate(measure, modes=(Mode.DMA, Mode.STAGED), sizes_bytes=SIZES, clock=Clock())
-    assert table.choose_for_layers(5000) is Mode.DMA
+    assert table.choose_for_layers(Direction.STORE, 5000) is Mode.DMA
 
 
 @pytest.mark.parametrize(

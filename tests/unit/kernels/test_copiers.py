@@ -15,8 +15,9 @@ from flexkv_core.layout import KVLayout
 from flexkv_core.storage.memory import HostSegment
 from flexkv_core.transfer.plan import Delivery, DeviceCopier, TransferOp
 from flexkv_core.types import Direction
-from flexkv_kernels import CpuCopier
+from flexkv_kernels import CpuCopier, copier_over
 from flexkv_kernels.paths import Mode
+from flexkv_kernels.stream_copier import StreamCopier
 from flexkv_kernels.streams import Order
 from tests.unit.kernels.stream_rig import BLOCKS, Shape, StreamRig
 
@@ -38,7 +39,7 @@ class Bench:
         """What was stored."""
         op = TransferOp(1, Direction.STORE, self.keys, SLOTS, self.blocks)
         self.copier.gather(op, self.copier.mark())
-        return self.rig.bytes_of(self.blocks)
+        return self.rig.held(self.blocks)
 
     def load(self, blocks: np.ndarray, verify: bool = True) -> list[bool]:
         op = TransferOp(2, Direction.LOAD, self.keys, SLOTS, blocks)
@@ -62,7 +63,7 @@ def test_what_was_stored_is_loaded(bench: Bench) -> None:
     stored = bench.store()
     bench.rig.write(bench.blocks, torch.zeros_like(stored))
     assert bench.load(bench.blocks[::-1].copy()) == [True] * len(SLOTS)
-    assert torch.equal(bench.rig.bytes_of(bench.blocks[::-1].copy()), stored)
+    assert torch.equal(bench.rig.held(bench.blocks[::-1].copy()), stored)
 
 
 def test_slots_have_their_checksums(bench: Bench) -> None:
@@ -87,7 +88,7 @@ def test_damage_is_refused_where_it_is_looked_for(bench: Bench, verify: bool) ->
     view[layout.shard_bytes + 3] ^= 4
     bench.rig.write(bench.blocks, torch.zeros_like(stored))
     assert bench.load(bench.blocks, verify) == [place != 2 or not verify for place in range(len(SLOTS))]
-    loaded = bench.rig.bytes_of(bench.blocks)
+    loaded = bench.rig.held(bench.blocks)
     assert torch.equal(loaded[:, [0, 1, 2, 3, *range(6, 16)]], stored[:, [0, 1, 2, 3, *range(6, 16)]])
     assert loaded[:, 4:6].any() == (not verify)
 
@@ -100,7 +101,7 @@ def test_negative_blocks_are_left_out(bench: Bench, left_out: list[int]) -> None
     wanted = bench.blocks.copy()
     wanted[left_out] = -1
     assert all(bench.load(wanted))
-    loaded = bench.rig.bytes_of(bench.blocks)
+    loaded = bench.rig.held(bench.blocks)
     assert not loaded[:, left_out].any()
     kept = np.delete(np.arange(len(wanted)), left_out)
     assert torch.equal(loaded[:, kept], stored[:, kept])
@@ -117,7 +118,7 @@ def test_slot_that_is_wanted_in_part_is_checked_as_a_whole(bench: Bench) -> None
     wanted = bench.blocks.copy()
     wanted[4] = -1
     assert bench.load(wanted) == [place != 2 for place in range(len(SLOTS))]
-    assert not bench.rig.bytes_of(bench.blocks)[:, [4, 5]].any()
+    assert not bench.rig.held(bench.blocks)[:, [4, 5]].any()
 
 
 def test_layers_are_loaded_one_by_one(bench: Bench) -> None:
@@ -130,9 +131,42 @@ def test_layers_are_loaded_one_by_one(bench: Bench) -> None:
     layers: list[object] = []
     bench.copier.scatter_layers(op, bench.copier.mark(), layers.append)
     assert len(layers) == bench.copier.segments.layer_count == 2
-    loaded, there = bench.rig.bytes_of(bench.blocks), wanted >= 0
+    loaded, there = bench.rig.held(bench.blocks), wanted >= 0
     assert not loaded[:, ~there].any()
     assert torch.equal(loaded[:, there], stored[:, there])
+
+
+def test_layers_are_stored_one_by_one(bench: Bench) -> None:
+    """The slots hold what a whole store puts there, checksums included; a layer that changes behind its copy is not copied again."""
+    whole = bench.store()
+    wanted = bench.host.checksums[SLOTS, SHAPE.shard].copy()
+    for slot in SLOTS.tolist():
+        np.ctypeslib.ctypes.memset(
+            bench.host.address + slot * bench.host.layout.slot_bytes, 0, bench.host.layout.slot_bytes
+        )
+    bench.host.checksums[:] = 0
+    op = TransferOp(3, Direction.STORE, bench.keys, SLOTS, bench.blocks, delivery=Delivery.LAYERWISE)
+    bench.copier.gather(op, bench.copier.mark(), range(1))
+    assert not bench.host.checksums.any(), "nothing is complete"
+    bench.rig.write_layer(0, bench.blocks, torch.zeros_like(whole[:2]))
+    kept = bench.copier.gather(op, bench.copier.mark(), range(1, 2))
+    assert kept is None or kept.all()
+    assert (bench.host.checksums[SLOTS, SHAPE.shard] == wanted).all()
+    assert not bench.host.checksums[:, 0].any()
+    bench.rig.write(bench.blocks, torch.zeros_like(whole))
+    assert all(bench.load(bench.blocks))
+    assert torch.equal(bench.rig.held(bench.blocks), whole)
+
+
+def test_a_layer_that_cannot_be_stored_leaves_nothing_queued(bench: Bench) -> None:
+    if not isinstance(bench.copier, StreamCopier):
+        return
+    op = TransferOp(3, Direction.STORE, bench.keys, SLOTS, bench.blocks, delivery=Delivery.LAYERWISE)
+    bench.copier.gather(op, bench.copier.mark(), range(1))
+    bench.rig.streams.calls_left = 0
+    with pytest.raises(TransferError, match="injected"):
+        bench.copier.gather(op, bench.copier.mark(), range(1, 2))
+    assert bench.rig.streams.idle
 
 
 def test_layers_of_no_block_are_announced_too(bench: Bench) -> None:
@@ -160,7 +194,7 @@ def test_a_load_that_is_refused_whole_touches_nothing(bench: Bench) -> None:
     bench.host.checksums[:, SHAPE.shard] ^= 1
     bench.rig.write(bench.blocks, torch.zeros_like(stored))
     assert not any(bench.load(bench.blocks))
-    assert not bench.rig.bytes_of(bench.blocks).any()
+    assert not bench.rig.held(bench.blocks).any()
 
 
 @pytest.mark.parametrize("mode", Mode)
@@ -170,7 +204,7 @@ def test_copiers_agree_on_what_a_slot_holds(mode: Mode) -> None:
     bench.rig.write(bench.blocks, torch.zeros_like(stored))
     bench.copier = cpu_copier(bench.rig)
     assert all(bench.load(bench.blocks))
-    assert torch.equal(bench.rig.bytes_of(bench.blocks), stored)
+    assert torch.equal(bench.rig.held(bench.blocks), stored)
     bench.rig.close()
 
 
@@ -195,6 +229,7 @@ def test_a_device_that_hangs_is_left_alone() -> None:
     asked = rig.streams.asked.total()
     for call in (
         lambda: rig.copier.gather(op, rig.copier.mark()),
+        lambda: rig.copier.gather(op, rig.copier.mark(), range(1)),
         lambda: rig.copier.scatter(op, rig.copier.mark(), True),
         lambda: rig.copier.scatter_layers(op, rig.copier.mark(), lambda layer: None),
     ):
@@ -249,4 +284,14 @@ def test_layers_are_queued_together_while_they_are_small(
     groups = rig.copier._layer_groups(size_bytes)
     assert [len(group) for group in groups] == sizes
     assert [layer for group in groups for layer in group] == list(range(layers))
+    rig.close()
+
+
+def test_devices_without_a_copier_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AMD's GPUs, which torch calls cuda too."""
+    rig = StreamRig(0, Mode.DMA)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    for device in ("cuda", "xpu"):
+        with pytest.raises(LayoutError, match=f"found device {device}; expected cpu, or cuda of NVIDIA"):
+            copier_over(rig.segments, torch.device(device), None)
     rig.close()

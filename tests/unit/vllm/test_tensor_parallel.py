@@ -90,6 +90,7 @@ class PlayedEngine:
             worker.start_loads(received)
             for layer in LAYERS if request else ():
                 worker.wait_for_layer(layer)
+                worker.layer_written(layer)
             worker.start_stores(received)
             told.append((worker.finished(received), worker.failed_blocks()))
             found = worker.results()
@@ -189,7 +190,9 @@ def make_request(name: str, tokens: int) -> Any:
 
 @pytest.fixture(params=[4, 8])
 def engine(request: pytest.FixtureRequest) -> Iterator[PlayedEngine]:
-    engine = PlayedEngine(request.param, layerwise_bytes_max="1GiB")
+    engine = PlayedEngine(
+        request.param, layerwise_bytes_max="1GiB", layerwise_store_bytes_min=request.param == 8
+    )
     yield engine
     engine.close()
 

@@ -33,9 +33,11 @@ TIMEOUT_S = 30.0
 
 
 class WindowEngine:
-    """Groups of full attention and windows, ``blocks`` on the device."""
+    """Groups of full attention and windows, ``window_groups`` of these. On the device is what a prompt of 256 tokens holds at most while it
+    is computed, and the null block."""
 
-    def __init__(self, blocks: int) -> None:
+    def __init__(self, model: str, window_groups: int, **settings: Any) -> None:
+        blocks = 16 + window_groups * (WINDOW_BLOCKS + CHUNK // BLOCK) + 1
         config = vllm_config(
             parallel_config={
                 "tensor_parallel_size": RANKS,
@@ -52,8 +54,8 @@ class WindowEngine:
             cache_config={"num_gpu_blocks_override": blocks},
         )
         config.kv_events_config = None
-        cache, _ = laid_out(config, MODELS["equal groups"], KVCacheLayout.LBHNC)
-        settings = FlexKVConfig(host_bytes="64MiB", transfer_timeout_s=TIMEOUT_S)
+        cache, _ = laid_out(config, MODELS[model], KVCacheLayout.LBHNC)
+        settings = FlexKVConfig(host_bytes="64MiB", transfer_timeout_s=TIMEOUT_S, **settings)
         self.tables = KVCacheManager(
             cache, max_model_len=4096, scheduler_block_size=BLOCK, hash_block_size=BLOCK, enable_caching=False
         )
@@ -68,19 +70,28 @@ class WindowEngine:
             self.layers.append(layers)
             self.workers.append(worker)
         self.computed: dict[tuple[int, str, int], torch.Tensor] = {}
+        self.layer_pause_s = 0.0
+        self.loaded: list[set[str]] = [set() for _ in range(RANKS)]
 
     def blocks_of(self, request: Any) -> tuple[list[int], ...]:
         return self.tables.get_block_ids(request.request_id)
 
     def compute(self, request: Any, first: int, stop: int) -> None:
-        """Every layer of every rank writes the request's blocks ``first`` … ``stop`` - 1, and remembers what it wrote."""
-        for rank, layers in enumerate(self.layers):
-            for table, group in zip(self.blocks_of(request), self.groups, strict=True):
-                for name in group.layer_names:
-                    for place in range(first, stop):
-                        written = torch.rand(layers[name][0].shape)
-                        layers[name][table[place]] = written
-                        self.computed[rank, name, place] = written
+        """Every layer of every rank writes the request's blocks ``first`` … ``stop`` - 1, and remembers what it wrote; one after another,
+        windows first, and each is announced."""
+        tables = {
+            name: table
+            for table, group in zip(self.blocks_of(request), self.groups, strict=True)
+            for name in group.layer_names
+        }
+        for name in sorted(tables, key=lambda name: (name[0] == "f", name)):
+            for rank, layers in enumerate(self.layers):
+                for place in range(first, stop):
+                    written = torch.rand(layers[name][0].shape)
+                    layers[name][tables[name][place]] = written
+                    self.computed[rank, name, place] = written
+                self.workers[rank].layer_written(name)
+            time.sleep(self.layer_pause_s)
 
     def step(self, request: Any = None, tokens: int = 0, more: Any = None) -> tuple[set[str], set[str]]:
         """One step, which computes ``tokens`` of ``request`` and gives it ``more`` blocks; whose load has ended on all ranks, and whose
@@ -102,22 +113,22 @@ class WindowEngine:
                 ),
             )
         )
-        results, loaded, failed = WorkerResults({}), [], set()
+        results, failed = WorkerResults({}), set()
         for worker in self.workers:
             worker.before_step(metadata)
             worker.start_loads(metadata)
         if request and tokens:
             start = request.num_computed_tokens // BLOCK
             self.compute(request, start, start + tokens // BLOCK)
-        for worker in self.workers:
+        for worker, loaded in zip(self.workers, self.loaded, strict=True):
             worker.start_stores(metadata)
-            loaded.append(worker.finished(metadata)[1])
+            loaded |= worker.finished(metadata)[1]  # of one rank maybe a step later than of another
             failed |= worker.failed_requests()
             assert not worker.failed_blocks(), "vLLM raises for single blocks of a model with several tables"
             found = worker.results()
             results = results.aggregate(found) if found else results
         self.scheduler.take_results(results)
-        return set.intersection(*loaded), failed
+        return set.intersection(*self.loaded), failed
 
     def prefill(self, request: Any) -> None:
         assert self.scheduler.matched_tokens(request, 0) == (0, False)
@@ -176,12 +187,19 @@ def hit_of(request: Any) -> int:
     return min(4 * CHUNK, (request.num_tokens - 1) // BLOCK * BLOCK)
 
 
-@pytest.fixture
-def engine() -> Iterator[WindowEngine]:
-    """16 blocks of full attention and two groups of windows: what a prompt of 256 tokens holds at most, and the null block."""
-    engine = WindowEngine(16 + 2 * (WINDOW_BLOCKS + CHUNK // BLOCK) + 1)
+@pytest.fixture(params=[True, False], ids=["layer by layer", "whole"])
+def engine(request: pytest.FixtureRequest) -> Iterator[WindowEngine]:
+    """How stores are copied; for layers there must be more than one of a group."""
+    if request.param:
+        engine = WindowEngine("padded group", 3, layerwise_store_bytes_min=1)
+    else:
+        engine = WindowEngine("equal groups", 2)
     yield engine
     engine.close()
+
+
+def no_blocks(engine: WindowEngine) -> tuple[list[int], ...]:
+    return tuple([] for _ in engine.groups)
 
 
 def assert_loaded(
@@ -205,9 +223,9 @@ def test_blocks_are_stored_before_they_leave_and_only_a_window_is_loaded(
     """Stores are slow, and the next chunk takes the very blocks that the window gave back."""
     gather = CpuCopier.gather
 
-    def slow(copier: CpuCopier, op: TransferOp, after: object) -> None:
+    def slow(copier: CpuCopier, op: TransferOp, after: object, layers: range | None = None) -> None:
         time.sleep(0.05)
-        gather(copier, op, after)
+        gather(copier, op, after, layers)
 
     monkeypatch.setattr(CpuCopier, "gather", slow)
     first = make_request("first", 0, 4 * CHUNK)
@@ -215,13 +233,13 @@ def test_blocks_are_stored_before_they_leave_and_only_a_window_is_loaded(
     engine.settle()
     computed = dict(engine.computed)
     engine.tables.free(first)
-    engine.scheduler.finished(first, ([], [], []))
+    engine.scheduler.finished(first, no_blocks(engine))
     for tokens in range(BLOCK + 1, 5 * CHUNK, BLOCK):  # each needs other blocks of the windows
         again = make_request(f"again {tokens}", 0, tokens)
         assert engine.load(again)
         assert_loaded(engine, again, computed)
         engine.tables.free(again)
-        engine.scheduler.finished(again, ([], [], []))
+        engine.scheduler.finished(again, no_blocks(engine))
 
 
 def test_damage_costs_the_whole_load_on_whichever_rank(engine: WindowEngine) -> None:
@@ -229,9 +247,32 @@ def test_damage_costs_the_whole_load_on_whichever_rank(engine: WindowEngine) -> 
     engine.prefill(first)
     engine.settle()
     engine.tables.free(first)
-    engine.scheduler.finished(first, ([], [], []))
+    engine.scheduler.finished(first, no_blocks(engine))
     host = engine.scheduler.manager.host
     host.checksums[:, 1] ^= 1  # of the second rank only
     again = make_request("again", 0, 5 * CHUNK)
     assert not engine.load(again)
     assert engine.scheduler.matched_tokens(again, 0) == (0, False), "it is computed, not asked for again"
+
+
+def test_a_layer_of_several_groups_is_stored_when_all_have_written_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Layers of the groups share memory. The copy of the first begins while the second is computed, and not before."""
+    engine = WindowEngine("padded group", 3, layerwise_store_bytes_min=1)
+    gather, copied = CpuCopier.gather, []
+
+    def watched(copier: CpuCopier, op: TransferOp, after: object, layers: range | None = None) -> None:
+        if copier is engine.workers[0]._copier:
+            copied.append((layers, {name for rank, name, _ in engine.computed if not rank}))
+        gather(copier, op, after, layers)
+
+    monkeypatch.setattr(CpuCopier, "gather", watched)
+    engine.layer_pause_s = 0.05
+    request = make_request("first", 0, CHUNK)
+    engine.prefill(request)
+    engine.settle()
+    names = {name for group in engine.groups for name in group.layer_names}
+    assert [layers for layers, _ in copied] == [range(1), range(1, 2)]
+    assert copied[0][1] == names - {"f1"}, "the last of those that lie in the second part"
+    engine.close()
