@@ -121,7 +121,8 @@ class BlockManager:
         self.root = root_key(model_config, cache_config.namespace)
         self._executor = executor_for(device, cache_config)
         self._slot_count = _slot_count(cache_config, self.layout)
-        self._changed = threading.Condition(threading.RLock())
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._tasks: OrderedDict[int, Task] = OrderedDict()
         self._next_task_id = first_task
         self._counters = Counters()
@@ -246,7 +247,7 @@ class BlockManager:
     def match_keys(self, keys: bytes | memoryview) -> int:
         """Blocks of the longest cached prefix of ``keys``; pins nothing, changes nothing. A view is read-only; what it shows may change
         meanwhile."""
-        with self._changed:
+        with self._lock:
             return 0 if self._closed else self._cache.match(keys)
 
     def is_in_host(self, keys: bytes, start_block: int) -> bool:

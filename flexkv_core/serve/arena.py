@@ -28,6 +28,7 @@ class Arena:
         except (OSError, ValueError) as error:
             os.close(fd)
             raise CapacityError(f"the memory for keys cannot be mapped: {error}") from error
+        self._content = memoryview(self._map).toreadonly()
 
     @classmethod
     def create(cls) -> Arena:
@@ -54,9 +55,10 @@ class Arena:
         """
         if size > ARENA_BYTES or size % KEY_BYTES:
             raise WireError(f"{size} bytes of keys; at most {ARENA_BYTES} are allowed, {KEY_BYTES} a key")
-        return memoryview(self._map)[:size].toreadonly()
+        return self._content[:size]
 
     def close(self) -> None:
         """Unmap."""
+        self._content.release()
         self._map.close()
         os.close(self.fd)

@@ -87,17 +87,15 @@ class Link:
         self._lock = threading.RLock()
         self._reader = FrameReader(PAYLOAD_BYTES_MAX)
         self._poll = select.poll()
+        self._poll.register(calls, select.POLLIN)
+        self._calls.on_blocked = self._watch
         self._number = 0
         self._awaited: Kind | None = None  # of an answer that is late
         self._suspended_at = 0.0
-        self._broken = threading.Event()
+        self.is_broken = False
+        """Whether it is of no use any more; never false again."""
         self._thread = threading.Thread(target=self._listen, name="flexkv-serve-events", daemon=True)
         self._thread.start()
-
-    @property
-    def is_broken(self) -> bool:
-        """Whether it is of no use any more."""
-        return self._broken.is_set()
 
     def call(
         self,
@@ -174,8 +172,6 @@ class Link:
         reserved."""
         while True:
             timeout_s = max(0.0, deadline - time.monotonic())
-            wanted = select.POLLIN | (select.POLLOUT if self._calls.is_blocked else 0)
-            self._poll.register(self._calls.socket, wanted)
             for _, events in self._poll.poll(1e3 * timeout_s):
                 if events & select.POLLOUT:
                     self._calls.flush()
@@ -187,6 +183,9 @@ class Link:
             if time.monotonic() >= deadline:
                 return None
 
+    def _watch(self, is_blocked: bool) -> None:
+        self._poll.modify(self._calls.socket, select.POLLIN | (select.POLLOUT if is_blocked else 0))
+
     def _receive(self) -> memoryview | None:
         try:
             count = self._calls.socket.recv_into(self._reader.space())
@@ -195,13 +194,14 @@ class Link:
         if not count:
             raise ConnectionResetError("the server has closed the connection")
         self._reader.received(count)
-        for kind, number, payload in self._reader.frames():
-            if kind is Kind.ERROR:
-                raise Refused(_words(payload))
-            if kind is not self._awaited or number != self._number:
-                raise WireError(f"answer {number} of kind {kind.name} was not asked for")
-            return payload
-        return None
+        if (answer := self._reader.next()) is None:
+            return None
+        kind, number, payload = answer
+        if kind is Kind.ERROR:
+            raise Refused(_words(payload))
+        if kind is not self._awaited or number != self._number:
+            raise WireError(f"answer {number} of kind {kind.name} was not asked for")
+        return payload
 
     def _give_back(self, answer: memoryview) -> None:
         if self._awaited in (Kind.GET, Kind.PUT, Kind.PREFETCH):
@@ -212,7 +212,7 @@ class Link:
     def _break(self, error: Exception | None) -> None:
         if self.is_broken:
             return
-        self._broken.set()
+        self.is_broken = True
         if error is not None:
             logger.warning("server: connection lost: %s", error)
         self._calls.socket.close()
@@ -265,7 +265,7 @@ def open_link(
     with contextlib.ExitStack() as undo:
         undo.callback(calls.close)
         undo.callback(_close_all, fds)
-        calls.sendall(b"".join(frame(Kind.HELLO, 0, greeting.pack())))
+        calls.sendall(frame(Kind.HELLO, 0, greeting.pack()))
         terms = _greeted(calls, fds, deadline)
         memory, lifeline, events_fd, keys = fds
         fds[:] = [events_fd, keys]
@@ -288,7 +288,7 @@ def ask_status(path: Path, timeout_s: float) -> dict[str, object]:
     """
     deadline = time.monotonic() + timeout_s
     with connect(path, timeout_s) as calls:
-        calls.sendall(b"".join(frame(Kind.STATUS, 1)))
+        calls.sendall(frame(Kind.STATUS, 1))
         reader = FrameReader(PAYLOAD_BYTES_MAX)
         while True:
             calls.settimeout(_left(deadline))

@@ -10,7 +10,7 @@ import contextlib
 import json
 import logging
 import os
-import selectors
+import select
 import socket
 import threading
 import time
@@ -63,22 +63,22 @@ class Server:
         self._next_number = 0
         self._next_tick = 0.0
         self._stopping = False
-        self._selector = selectors.EpollSelector()
+        self._epoll = select.epoll()
+        self._actions: dict[int, Callable[[int], None]] = {}  # by descriptor; given what epoll says of it
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._selector.register(self._wake_fd, selectors.EVENT_READ, self._woken)
+        self._watch(self._wake_fd, self._woken)
         self._listen()
 
     def run(self) -> None:
         """Serve; call once. When it returns the managers have ended and the socket is gone."""
         try:
             while not self._stopping:
-                for key, events in self._selector.select(0 if self._unread else self._pause()):
-                    key.data(events)
-                for number in list(self._unread):
-                    self._unread.discard(number)
-                    session = self._sessions.get(number)
-                    if session is not None and session.is_connected:
-                        self._guard(session, self._serve_frames)
+                ready = self._epoll.poll(0 if self._unread else self._pause())
+                # All at once: what is closed in this turn may come again as another descriptor.
+                for action, events in [(self._actions[fd], events) for fd, events in ready]:
+                    action(events)
+                if self._unread:
+                    self._serve_unread()
                 if time.monotonic() >= self._next_tick:
                     self._tick()
         finally:
@@ -92,7 +92,7 @@ class Server:
     # Connections
 
     def _listen(self) -> None:
-        self._selector.register(self._address.listener, selectors.EVENT_READ, self._accept)
+        self._watch(self._address.listener.fileno(), self._accept)
         self._is_listening = True
 
     def _accept(self, events: int) -> None:
@@ -102,7 +102,7 @@ class Server:
             return  # gone already
         except OSError as error:  # too many files are open, here or in all: it stays in the queue, which would be reported at once again
             logger.warning("a connection has to wait: %s", error)
-            self._selector.unregister(self._address.listener)
+            self._unwatch(self._address.listener.fileno())
             self._is_listening = False  # until the next tick
             return
         uid = peer_uid(connected)
@@ -111,7 +111,7 @@ class Server:
             logger.warning("a connection was refused: %s", reason)
             connected.setblocking(False)
             with contextlib.suppress(OSError):
-                connected.send(b"".join(frame(Kind.ERROR, 0, reason.encode())), socket.MSG_NOSIGNAL)
+                connected.send(frame(Kind.ERROR, 0, reason.encode()), socket.MSG_NOSIGNAL)
             connected.close()
             return
         self._next_number += 1
@@ -119,26 +119,34 @@ class Server:
             self._next_number, Channel(connected, OUT_BYTES_MAX), time.monotonic(), self._session_ended
         )
         self._sessions[session.number] = session
-        on_calls = partial(self._guard_events, session, self._on_calls)
-        self._selector.register(connected, selectors.EVENT_READ, on_calls)
+        self._watch_channel(session.calls, partial(self._guard, session, self._on_calls))
 
     def _on_calls(self, session: Session, events: int) -> None:
         """Requests have come, or there is room for answers."""
-        if events & selectors.EVENT_READ:
-            space = session.reader.space()
+        if events & ~select.EPOLLOUT:
             try:
-                count = session.calls.socket.recv_into(space)
+                count = session.calls.socket.recv_into(session.reader.space())
             except BlockingIOError:
                 return
             if not count:
                 raise ConnectionResetError("closed")
             session.reader.received(count)
             self._serve_frames(session)
-        if events & selectors.EVENT_WRITE:
+        if events & select.EPOLLOUT:
             session.calls.flush()
 
+    def _serve_unread(self) -> None:
+        for number in list(self._unread):
+            self._unread.discard(number)
+            session = self._sessions.get(number)
+            if session is not None and session.is_connected:
+                self._guard(session, self._serve_frames)
+
     def _serve_frames(self, session: Session) -> None:
-        for served, (kind, number, payload) in enumerate(session.reader.frames(), 1):
+        for _ in range(FRAMES_A_TURN):
+            if (one := session.reader.next()) is None:
+                return
+            kind, number, payload = one
             if session.tenant is not None:
                 session.serve(kind, number, payload)
             elif kind is Kind.STATUS:
@@ -150,9 +158,7 @@ class Server:
                 self._welcome(session, greeting)
             else:
                 raise WireError(f"{kind.name} may not come first")
-            if served >= FRAMES_A_TURN:
-                self._unread.add(session.number)
-                break
+        self._unread.add(session.number)
 
     def _welcome(self, session: Session, greeting: Greeting) -> None:
         """Give a client its manager, once there is one.
@@ -177,17 +183,15 @@ class Server:
         handle = tenant.manager.host.handle
         values = {"slot_count": handle.slot_count, "huge_pages": handle.huge_pages}
         values["has_remote"] = tenant.manager.config.remote_url is not None
-        answer = b"".join(frame(Kind.HELLO, 0, json.dumps(values).encode()))
+        answer = frame(Kind.HELLO, 0, json.dumps(values).encode())
         with contextlib.ExitStack() as stack:
             session.lifeline_fd, lifeline = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
             stack.callback(os.close, lifeline)  # or its end would never be seen
-            closed = partial(self._guard_events, session, self._on_lifeline)
-            self._selector.register(session.lifeline_fd, selectors.EVENT_READ, closed)
+            self._watch(session.lifeline_fd, partial(self._guard, session, self._on_lifeline))
             mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
             stack.callback(theirs.close)
             session.events = Channel(mine, OUT_BYTES_MAX)
-            on_events = partial(self._guard_events, session, self._on_events)
-            self._selector.register(mine, selectors.EVENT_READ, on_events)
+            self._watch_channel(session.events, partial(self._guard, session, self._on_events))
             session.arena = Arena.create()
             fds = [handle.memory.fd, lifeline, theirs.fileno(), session.arena.fd]
             sent = socket.send_fds(session.calls.socket, [answer], fds, socket.MSG_NOSIGNAL)
@@ -197,42 +201,49 @@ class Server:
     def _on_events(self, session: Session, events: int) -> None:
         """The client has closed its end, or reads again."""
         assert session.events is not None
-        if events & selectors.EVENT_READ and not session.events.socket.recv(64):
+        if events & ~select.EPOLLOUT and not session.events.socket.recv(64):
             raise ConnectionResetError("closed")
-        if events & selectors.EVENT_WRITE:
+        if events & select.EPOLLOUT:
             session.events.flush()
 
     def _on_lifeline(self, session: Session, events: int) -> None:
         """Nobody writes into it: this is its end."""
         if not os.read(session.lifeline_fd, 64):
-            self._selector.unregister(session.lifeline_fd)
+            self._unwatch(session.lifeline_fd)
             self._disconnect(session, "all its processes have ended")
             session.lifeline_closed()
             self._next_tick = 0.0
 
     # One client's trouble is its own
 
-    def _guard_events(self, session: Session, action: Callable[[Session, int], None], events: int) -> None:
-        self._guard(session, lambda _: action(session, events))
-
-    def _guard(self, session: Session, action: Callable[[Session], None]) -> None:
-        """Do something for a session, which is dropped where that cannot be done; then watch what its sockets need."""
+    def _guard(self, session: Session, action: Callable[..., None], *events: int) -> None:
+        """Do something for a session, which is dropped where that cannot be done."""
         try:
-            action(session)
+            action(session, *events)
         except (FlexKVError, OSError) as error:
             if isinstance(error, FlexKVError):
                 self._say_error(session, str(error))
             self._disconnect(session, str(error))
-        if session.is_connected:
-            self._watch(session.calls)
-            if session.events is not None:
-                self._watch(session.events)
 
-    def _watch(self, channel: Channel) -> None:
-        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if channel.is_blocked else 0)
-        key = self._selector.get_key(channel.socket)
-        if key.events != wanted:
-            self._selector.modify(channel.socket, wanted, key.data)
+    def _watch_channel(self, channel: Channel, action: Callable[[int], None]) -> None:
+        """:meth:`_watch`, and have it called as well when there is room for what waits."""
+        fd = channel.socket.fileno()
+        self._watch(fd, action)
+
+        def on_blocked(is_blocked: bool) -> None:
+            self._epoll.modify(fd, select.EPOLLIN | (select.EPOLLOUT if is_blocked else 0))
+
+        channel.on_blocked = on_blocked
+
+    def _watch(self, fd: int, action: Callable[[int], None]) -> None:
+        """Have ``action`` called when something has come, or the other side is gone."""
+        self._epoll.register(fd, select.EPOLLIN)
+        self._actions[fd] = action
+
+    def _unwatch(self, fd: int) -> None:
+        """Before it is closed."""
+        self._epoll.unregister(fd)
+        del self._actions[fd]
 
     def _say_error(self, session: Session, text: str) -> None:
         try:
@@ -245,9 +256,9 @@ class Server:
         if not session.is_connected:
             return
         logger.info("client %d (%s) has left: %s", session.number, session.name or "no name", reason)
-        self._selector.unregister(session.calls.socket)
+        self._unwatch(session.calls.socket.fileno())
         if session.events is not None:
-            self._selector.unregister(session.events.socket)
+            self._unwatch(session.events.socket.fileno())
         session.disconnect()
         self._waiting.pop(session.number, None)
         if session.lifeline_fd < 0:
@@ -337,7 +348,7 @@ class Server:
     def _close(self) -> None:
         for session in list(self._sessions.values()):
             self._disconnect(session, "the server ends")
-        self._selector.close()
+        self._epoll.close()
         self._address.stop_listening()
         closing = threading.Thread(target=self._tenants.close, name="flexkv-close")
         closing.start()

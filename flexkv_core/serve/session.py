@@ -32,6 +32,7 @@ from flexkv_core.serve.wire import (
     pack_done,
     unpack_asked,
     unpack_result,
+    unpack_size,
 )
 from flexkv_core.tasks import Purpose, TaskDone
 from flexkv_core.types import Slots
@@ -107,7 +108,7 @@ class Session:
         self.requests += 1
         manager = self.tenant.manager
         if kind is Kind.MATCH:
-            blocks = manager.match_keys(self.arena.look(unpack_asked(payload)[0]))
+            blocks = manager.match_keys(self.arena.look(unpack_size(payload)))
             self.calls.send(frame(kind, number, pack_count(blocks)))
         elif kind in (Kind.GET, Kind.PREFETCH, Kind.PUT):
             self.calls.send(frame(kind, number, *self._plan(kind, payload).pack()))

@@ -69,14 +69,16 @@ _MISMATCH = struct.Struct("<IB16s")
 _USAGE = struct.Struct("<QQ")
 
 _Value = TypeVar("_Value")
+_KINDS = tuple(Kind)  # 0, 1, 2 …
 _PURPOSES = tuple(Purpose)
 _OP_STATUSES = tuple(OpStatus)
 _TASK_STATUSES = tuple(KVResponseStatus)
 
 
-def frame(kind: Kind, number: int, *parts: bytes | memoryview) -> list[bytes | memoryview]:
-    """Pieces of one frame, to be sent one after another."""
-    return [HEADER.pack(sum(map(len, parts)), kind, 0, number), *parts]
+def frame(kind: Kind, number: int, *parts: bytes) -> bytes:
+    """One frame, to be sent."""
+    payload = b"".join(parts)
+    return HEADER.pack(len(payload), kind, 0, number) + payload
 
 
 class FrameReader:
@@ -84,49 +86,58 @@ class FrameReader:
 
     def __init__(self, payload_bytes_max: int) -> None:
         self.payload_bytes_max = payload_bytes_max
-        self._buffer = bytearray(256 << 10)
+        self._buffer = memoryview(bytearray(256 << 10))
         self._start = self._stop = 0
 
     def space(self) -> memoryview:
         """Where the next bytes go; tell :meth:`received` how many came."""
         used = self._stop - self._start
-        wanted = max(used + 1, self._frame_bytes() if used >= HEADER.size else 0)
+        if not used:
+            self._start = self._stop = 0
+            return self._buffer
+        wanted = max(used + 1, HEADER.size + self._header()[0] if used >= HEADER.size else 0)
         if wanted > len(self._buffer):
-            grown = bytearray(
-                max(wanted, 2 * len(self._buffer))
-            )  # a new one: somebody may still look into the old one
-            grown[:used] = memoryview(self._buffer)[self._start : self._stop]
+            # A new one: somebody may still look into the old one.
+            grown = memoryview(bytearray(max(wanted, 2 * len(self._buffer))))
+            grown[:used] = self._buffer[self._start : self._stop]
             self._buffer = grown
         elif self._start:
             self._buffer[:used] = self._buffer[self._start : self._stop]
         self._start, self._stop = 0, used
-        return memoryview(self._buffer)[used:]
+        return self._buffer[used:]
 
     def received(self, count: int) -> None:
         """``count`` bytes of :meth:`space` were filled."""
         self._stop += count
 
-    def frames(self) -> Iterator[tuple[Kind, int, memoryview]]:
-        """Kind, number and payload of each whole frame.
+    def next(self) -> tuple[Kind, int, memoryview] | None:
+        """Kind, number and payload of the next frame; None until all of it is there.
 
         Raises:
             WireError: an unknown kind, or a payload that is too long.
         """
-        while self._stop - self._start >= HEADER.size:
-            size = self._frame_bytes()
-            if self._stop - self._start < size:
-                return
-            _, kind, _, number = HEADER.unpack_from(self._buffer, self._start)
-            start, self._start = self._start + HEADER.size, self._start + size
-            yield Kind(kind), number, memoryview(self._buffer)[start : self._start]
+        start = self._start + HEADER.size
+        if self._stop < start:
+            return None
+        length, kind, number = self._header()
+        if self._stop < start + length:
+            return None
+        self._start = start + length
+        return kind, number, self._buffer[start : self._start]
 
-    def _frame_bytes(self) -> int:
-        length, kind, reserved, _ = HEADER.unpack_from(self._buffer, self._start)
+    def frames(self) -> Iterator[tuple[Kind, int, memoryview]]:
+        """All that :meth:`next` has."""
+        while (one := self.next()) is not None:
+            yield one
+
+    def _header(self) -> tuple[int, Kind, int]:
+        """Bytes of the payload, kind and number of the frame that begins."""
+        length, kind, reserved, number = HEADER.unpack_from(self._buffer, self._start)
         if length > self.payload_bytes_max:
             raise WireError(f"a frame of {length} bytes; at most {self.payload_bytes_max} are allowed")
-        if kind not in Kind._value2member_map_ or reserved:
+        if kind >= len(_KINDS) or reserved:
             raise WireError(f"kind {kind} with {reserved} is no frame")
-        return int(HEADER.size + length)
+        return length, _KINDS[kind], number
 
 
 @dataclass(frozen=True)
@@ -175,6 +186,11 @@ def pack_asked(keys_bytes: int, start_block: int, purpose: Purpose) -> bytes:
     """The payload of a request about keys. Of MATCH only the bytes of keys count, of PUT the first block too, before which the client has
     none; FETCH has a number of the client's in the place of the first block, which FETCHED repeats."""
     return _ASKED.pack(keys_bytes, start_block, _PURPOSES.index(purpose))
+
+
+def unpack_size(payload: memoryview) -> int:
+    """What MATCH needs of :func:`unpack_asked`: the bytes of keys."""
+    return _unpack(_ASKED, payload)[0]
 
 
 def unpack_asked(payload: memoryview) -> tuple[int, int, Purpose]:

@@ -64,7 +64,7 @@ def is_dropped(peer: sockets.socket) -> bool:
 def hello(**changes: object) -> bytes:
     root = fingerprint({**MODEL.identity, "namespace": "", "layout": repr(MODEL.layout)})
     values = json.loads(Greeting(MODEL, "", root, "peer").pack())
-    return b"".join(frame(Kind.HELLO, 0, json.dumps({**values, **changes}).encode()))
+    return frame(Kind.HELLO, 0, json.dumps({**values, **changes}).encode())
 
 
 def greet(peer: sockets.socket) -> list[int]:
@@ -87,10 +87,10 @@ BAD_BEGINNINGS = {
     "length above the greeting's": HEADER.pack(65537, Kind.HELLO, 0, 0),
     "unknown kind": HEADER.pack(0, 999, 0, 0),
     "reserved": HEADER.pack(0, Kind.HELLO, 1, 0),
-    "a request before the greeting": b"".join(frame(Kind.MATCH, 1, pack_asked(16, 0, Purpose.GET))),
-    "no JSON": b"".join(frame(Kind.HELLO, 0, b"{")),
-    "deep JSON": b"".join(frame(Kind.HELLO, 0, b"[" * 60_000)),
-    "a list": b"".join(frame(Kind.HELLO, 0, b"[]")),
+    "a request before the greeting": frame(Kind.MATCH, 1, pack_asked(16, 0, Purpose.GET)),
+    "no JSON": frame(Kind.HELLO, 0, b"{"),
+    "deep JSON": frame(Kind.HELLO, 0, b"[" * 60_000),
+    "a list": frame(Kind.HELLO, 0, b"[]"),
     "another version": hello(version=99),
     "no layout": hello(layout={}),
     "a layout of another size": hello(layout={"tokens_per_block": -1}),
@@ -132,7 +132,7 @@ def test_peers_that_leave_before_they_are_answered(server: Server) -> None:
 
 
 def test_peers_that_die_in_the_middle_of_a_message(server: Server) -> None:
-    whole = b"".join(frame(Kind.RESULT, 5, *pack_result(OpResult(5, OpStatus.DONE, np.ones(64, np.bool_)))))
+    whole = frame(Kind.RESULT, 5, *pack_result(OpResult(5, OpStatus.DONE, np.ones(64, np.bool_))))
     for length in (1, HEADER.size - 1, HEADER.size, HEADER.size + 3, len(whole) - 1):
         with connect(path_of(server), 10.0) as peer:
             fds = greet(peer)
@@ -158,14 +158,14 @@ BAD_REQUESTS = {
         Kind.RESULT, 12345, *pack_result(OpResult(12345, OpStatus.DONE, np.ones(4, np.bool_)))
     ),
     "half a result": frame(Kind.RESULT, 12345, b"\0\0"),
-    "a second greeting": [hello()],
+    "a second greeting": hello(),
     "what only servers say": frame(Kind.USAGE, 0, b""),
-    "too long a frame": [HEADER.pack(PAYLOAD_BYTES_MAX + 1, Kind.RESULT, 0, 0)],
+    "too long a frame": HEADER.pack(PAYLOAD_BYTES_MAX + 1, Kind.RESULT, 0, 0),
 }
 
 
 @pytest.mark.parametrize("request_frame", BAD_REQUESTS.values(), ids=BAD_REQUESTS.keys())
-def test_bad_requests(server: Server, request_frame: list[bytes]) -> None:
+def test_bad_requests(server: Server, request_frame: bytes) -> None:
     client, link = link_to(server)
     link._calls.send(request_frame)
     wait_until(lambda: link.is_broken)
@@ -208,7 +208,7 @@ def test_client_that_does_not_read_is_dropped(server: Server) -> None:
     with connect(path_of(server), 10.0) as peer:
         fds = greet(peer)
         peer.settimeout(5.0)
-        asked = b"".join(frame(Kind.MATCH, 1, pack_asked(0, 0, Purpose.GET)))
+        asked = frame(Kind.MATCH, 1, pack_asked(0, 0, Purpose.GET))
 
         def flood() -> None:
             for _ in range(1000):

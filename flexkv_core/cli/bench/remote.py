@@ -2,18 +2,20 @@
 
 FlexKV's side is what the remote process does for a batch: headers, checksums as they are recorded and verified, and the copy between the
 host tier and what the client's library wants. The bare side hands the library bytes and takes bytes, with as many calls at a time, and
-looks at nothing. Servers run on loopback of this machine and take their share of its cores: only the ratios mean anything.
+looks at nothing. Servers run on loopback of this machine, on one half of its cores, and the clients on the other, as if they were two machines:
+where they share them, what is measured is how the scheduler divides them. Only the ratios mean anything.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +46,10 @@ MIB = 1 << 20
 BATCH = 16
 LAYOUT = KVLayout(16, 16, MIB)
 ROUNDS, QUICK_ROUNDS = 15, 2
+LEASE_MS = 5000  # Mooncake's own
 SEGMENT_BYTES = 1024 * MIB  # all rounds of both sides have room
 DEADLINE_S = 60.0
+_CPUS = os.sched_getaffinity(0)
 
 Batch = Callable[[int], None]
 """Moves one batch; the argument numbers it, so that each is written under names of its own."""
@@ -153,6 +157,31 @@ def _ours(url: str, options: dict[str, str] | None = None) -> Iterator[_Ours]:
     host.close()
 
 
+@contextmanager
+def _on(cpus: set[int]) -> Iterator[None]:
+    """What is started meanwhile, threads and processes, runs on these."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cpus or before)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def _halves() -> tuple[set[int], set[int]]:
+    """CPUs for servers and for clients."""
+    cpus = sorted(_CPUS)
+    return set(cpus[: len(cpus) // 2]), set(cpus[len(cpus) // 2 :])
+
+
+def _servers_apart() -> AbstractContextManager[None]:
+    return _on(_halves()[0])
+
+
+def _clients_apart() -> AbstractContextManager[None]:
+    return _on(_halves()[1])
+
+
 def _names(batch: int) -> list[str]:
     return [f"bench/bare/{batch}-{index}" for index in range(BATCH)]
 
@@ -184,19 +213,29 @@ def _bare_objects(ours: _Ours) -> _Sides:
 
 @contextmanager
 def _directory(folder: Path) -> Iterator[tuple[_Sides, _Sides]]:
-    with _ours(f"dir:{folder}/directory") as ours:
+    with _clients_apart(), _ours(f"dir:{folder}/directory") as ours:
         yield ours, _bare_objects(ours)
 
 
 @contextmanager
 def _s3(folder: Path) -> Iterator[tuple[_Sides, _Sides]]:
-    with s3_server(folder / "s3") as port, _ours("s3://bkt/kv", s3_options(port)) as ours:
+    with (
+        _servers_apart(),
+        s3_server(folder / "s3") as port,
+        _clients_apart(),
+        _ours("s3://bkt/kv", s3_options(port)) as ours,
+    ):
         yield ours, _bare_objects(ours)
 
 
 @contextmanager
 def _valkey(folder: Path) -> Iterator[tuple[_Sides, _Sides]]:
-    with redis_server() as port, _ours(f"valkey://127.0.0.1:{port}") as ours:
+    with (
+        _servers_apart(),
+        redis_server() as port,
+        _clients_apart(),
+        _ours(f"valkey://127.0.0.1:{port}") as ours,
+    ):
         assert isinstance(ours.store, ValkeyStore)
         client = ours.store.client
         yield ours, _pooled(VALKEY_LANES, client.set, client.get)
@@ -206,8 +245,10 @@ def _valkey(folder: Path) -> Iterator[tuple[_Sides, _Sides]]:
 def _mooncake(folder: Path) -> Iterator[tuple[_Sides, _Sides]]:
     """The values lie in another process's memory, as on another machine."""
     with (
-        mooncake_master() as port,
+        _servers_apart(),
+        mooncake_master(lease_ms=LEASE_MS) as port,
         mooncake_holder(port, SEGMENT_BYTES),
+        _clients_apart(),
         _ours(f"mooncake://127.0.0.1:{port}") as ours,
     ):
         yield ours, _bare_mooncake(ours)

@@ -45,8 +45,8 @@ def demo(
     kv_space_gib: Annotated[int, typer.Option(min=1, help="Memory for vLLM's own KV cache on a CPU.")] = 2,
     shared: Annotated[
         bool,
-        typer.Option("--shared", help="Play the third act as well: an engine restarts beside flexkv serve."),
-    ] = False,
+        typer.Option(help="Play the third act as well: an engine restarts beside flexkv serve."),
+    ] = True,
     gpu: Annotated[bool, typer.Option("--gpu", help="Serve with the CUDA build of vLLM.")] = False,
 ) -> None:
     """Asks a real server with FlexKV about one long document, with and without the engine's own prefix cache."""

@@ -37,7 +37,7 @@ def third_act(sharing: EngineServer, cache: CacheServer, course: Course, say: Ca
             course.fill_shared(client)
             say("stopping the engine and starting it again; flexkv serve goes on")
         with sharing, sharing.client() as client:
-            course.after_restart(client, State.SHARED_HIT)
+            course.after_engine_restart(client)
 
 
 def ssd_settings(directory: Path) -> dict[str, object]:

@@ -19,6 +19,8 @@ _EXTERNAL_HITS = ("vllm:external_prefix_cache_hits_total", "vllm:flexkv_hit_toke
 _WARM_UP_SEED = 1
 _DOCUMENT_SEED = 2
 _OTHER_DOCUMENTS_SEED = 10
+_SHARED_DOCUMENTS = 2
+"""Of the third act, which has to compute them once more: its cache is a new one."""
 _SETTLE_ROUNDS = 1
 """Turns of the warm-up prompt, so that no one-time cost of either path falls on a question."""
 
@@ -117,13 +119,14 @@ class Report:
 
 class Course:
     """What is asked, in order: :meth:`first_act` and :meth:`prepare_restart` on one server, :meth:`after_restart` on each of the next two;
-    then :meth:`fill_shared` on one that uses ``flexkv serve``, and :meth:`after_restart` on its successor.
+    then :meth:`fill_shared` on one that uses ``flexkv serve``, and :meth:`after_engine_restart` on its successor.
 
     ``progress`` is called with a line before each question. The documents are cut to fit a model with a short context.
     """
 
     def __init__(self, questions: int, rounds: int, progress: Callable[[str], None]) -> None:
         self._questions, self._rounds, self._progress = questions, rounds, progress
+        self._shared = min(questions, _SHARED_DOCUMENTS)
         self._lights = 0
         self.asks: list[Ask] = []
 
@@ -145,21 +148,26 @@ class Course:
     def prepare_restart(self, client: VllmClient) -> None:
         """One question about each of several documents, so that each can be found once on the SSD after a restart."""
         self._progress(f"asking about {self._questions} other documents, which go to the SSD")
-        self._ask_about_others(client, State.RECOMPUTE)
+        self._ask_about_others(client, State.RECOMPUTE, self._questions)
 
     def after_restart(self, client: VllmClient, state: State) -> None:
         """The same questions as in :meth:`prepare_restart`, to a server that has just started."""
         self._warm_up(client)
-        self._ask_about_others(client, state)
+        self._ask_about_others(client, state, self._questions)
 
     def fill_shared(self, client: VllmClient) -> None:
-        """The same questions once more to an engine whose cache, a server's, is empty: they are recomputed."""
+        """Some of these questions once more to an engine whose cache, a server's, is empty: they are recomputed."""
         self._warm_up(client)
-        self._progress("asking about the other documents an engine that keeps its cache in flexkv serve")
-        self._ask_about_others(client, State.RECOMPUTE)
+        self._progress(f"asking an engine that keeps its cache in flexkv serve about {self._shared} of them")
+        self._ask_about_others(client, State.RECOMPUTE, self._shared)
 
-    def _ask_about_others(self, client: VllmClient, state: State) -> None:
-        for number in range(self._questions):
+    def after_engine_restart(self, client: VllmClient) -> None:
+        """The same questions as in :meth:`fill_shared`, to an engine that has just started."""
+        self._warm_up(client)
+        self._ask_about_others(client, State.SHARED_HIT, self._shared)
+
+    def _ask_about_others(self, client: VllmClient, state: State, count: int) -> None:
+        for number in range(count):
             document = self._document(_OTHER_DOCUMENTS_SEED + number)
             text = f"{document.questions[number]} (document {number + 2})"
             prompt = _prompt(client, document, number)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,21 +24,36 @@ Bytes = npt.NDArray[np.uint8]
 """A view of memory, shape [bytes]."""
 
 
+class Checks(Protocol):
+    """Takes the checksums of a payload that is read, while a cache still has its bytes."""
+
+    def arrived(self, count: int) -> None:
+        """The next ``count`` bytes of the payload, from the first on, are where they belong and stay as they are."""
+
+    def land(self, payload: Bytes) -> None:
+        """Copy a whole payload to where it belongs, with its checksums on the way; for stores whose library hands out memory of its own."""
+
+
 class Value(NamedTuple):
     """Where a value lies in memory: its header and, elsewhere, its payload. A store reads into both or writes from both.
 
-    ``land``: if there, copies a payload (uint8 [bytes of it]) to where it belongs and takes its checksums on the way; for stores whose
-    library hands out memory of its own. Any thread, once a value.
+    ``checks``: of a value that is read, for stores that know how much of it has arrived. On any thread, one at a time; who does not call it
+    has the checksums taken when the whole batch has been read.
     """
 
     header: Bytes
     payload: Bytes
-    land: Callable[[Bytes], None] | None = None
+    checks: Checks | None = None
 
     @property
     def size(self) -> int:
         """Bytes of the whole value."""
         return len(self.header) + len(self.payload)
+
+    def arrived(self, count: int) -> None:
+        """See :class:`Checks`; does nothing where there are none."""
+        if self.checks is not None:
+            self.checks.arrived(count)
 
 
 @dataclass(frozen=True)

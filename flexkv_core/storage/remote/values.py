@@ -13,7 +13,6 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +30,8 @@ _FIRST = np.zeros(1, np.int64)
 
 FORMAT = 1
 MAGIC = b"FKVB"
+PIECE_BYTES = 256 << 10
+"""What is brought to its place before its checksum is taken: it is in the second-level cache then."""
 
 
 def deployment_prefix(root: bytes) -> str:
@@ -72,8 +73,8 @@ class ValueBuffers:
         self._headers = np.zeros(headers_max, header_dtype(host.layout.shard_count))
         self._header_bytes = self._headers.view(np.uint8).reshape(headers_max, -1)
         self._slots = slot_bytes_of(host)
-        self._landed = np.zeros(headers_max, np.bool_)
-        self._landed_checksums = np.zeros((headers_max, host.layout.shard_count), np.uint32)
+        self._arrivals: list[_Arrival] = []
+        self._checksums = np.zeros((headers_max, host.layout.shard_count), np.uint32)
 
     @property
     def region(self) -> Bytes:
@@ -94,35 +95,12 @@ class ValueBuffers:
         self._headers[:count] = np.zeros(
             (), self._headers.dtype
         )  # what is not read is no header of the batch before
-        self._landed[:count] = False
-        return [
-            value._replace(land=partial(self._land, row, key, slot))
-            for row, (value, key, slot) in enumerate(
-                zip(self.values(host_slots), keys, host_slots.reshape(-1, 1), strict=True)
-            )
+        values, shard_bytes = self.values(host_slots), self._layout.shard_bytes
+        self._arrivals = [
+            _Arrival(value.payload, key.tobytes(), shard_bytes, self._checksums[row])
+            for row, (value, key) in enumerate(zip(values, keys, strict=True))
         ]
-
-    def _land(self, row: int, key: npt.NDArray[np.uint64], slot: Slots, payload: Bytes) -> None:
-        """One pass over the bytes where a copy and a checksum would be two."""
-        layout = self._layout
-        for shard in range(layout.shard_count):
-            offset = shard * layout.shard_bytes
-            native.gather_crc(
-                np.array([payload.ctypes.data + offset]),
-                _NO_STRIDE,
-                layout.shard_bytes,
-                _FIRST,
-                1,
-                self._host.address,
-                layout.slot_bytes,
-                slot,
-                self._host.slot_count,
-                key.tobytes(),
-                self._landed_checksums[row, shard : shard + 1],
-                1,
-                offset,
-            )
-        self._landed[row] = True
+        return [Value(*value[:2], arrival) for value, arrival in zip(values, self._arrivals, strict=True)]
 
     def fill(self, keys: npt.NDArray[np.uint64], host_slots: Slots, epoch: int) -> None:
         """Write the headers of a batch that is about to be written: checksums as the host tier has them."""
@@ -142,7 +120,7 @@ class ValueBuffers:
         same &= (rows["payload_bytes"] == payload_bytes(self._layout)) & (rows["key"] == keys).all(axis=1)
         read = statuses == BlockStatus.OK
         candidates = np.flatnonzero(read & same)
-        found = self._checksums(candidates, keys, host_slots)
+        found = self._found(candidates, keys, host_slots)
         right = (found == rows["checksums"][candidates]).all(axis=1)
         self._host.checksums[host_slots[candidates[right]]] = found[right]
         verified: Statuses = statuses.copy()
@@ -150,18 +128,68 @@ class ValueBuffers:
         verified[candidates[right]] = BlockStatus.OK
         return verified
 
-    def _checksums(
+    def _found(
         self, rows: npt.NDArray[np.intp], keys: npt.NDArray[np.uint64], host_slots: Slots
     ) -> npt.NDArray[np.uint32]:
         """Of what lies in the slots of these rows; uint32 [rows, shards]."""
-        found: npt.NDArray[np.uint32] = self._landed_checksums[rows]
-        rest = np.flatnonzero(~self._landed[rows])
+        found: npt.NDArray[np.uint32] = self._checksums[rows]
+        rest = np.flatnonzero([not self._arrivals[row].is_whole for row in rows])
         if len(rest):
             slots, key = host_slots[rows[rest]], keys[rows[rest]]
             found[rest] = slot_checksums(
                 self._host.address, self._layout, np.ascontiguousarray(slots), np.ascontiguousarray(key)
             )
         return found
+
+
+class _Arrival:
+    """The checksums of one payload that is read; see :class:`~flexkv_core.storage.remote.base.Checks`.
+
+    ``out``: uint32 [shards], seeded with ``key`` (16 bytes) as in host memory; filled when :attr:`is_whole`.
+    """
+
+    def __init__(self, payload: Bytes, key: bytes, shard_bytes: int, out: npt.NDArray[np.uint32]) -> None:
+        self._payload, self._key, self._out = payload, key, out
+        self._shard_bytes = shard_bytes
+        self._seed = self._checksum = native.crc32c(key)
+        self._at = 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all bytes are there."""
+        return self._at == len(self._payload)
+
+    def arrived(self, count: int) -> None:
+        """See the contract."""
+        stop = self._at + count
+        assert stop <= len(self._payload), (stop, len(self._payload))
+        while self._at < stop:
+            shard = self._at // self._shard_bytes
+            end = (shard + 1) * self._shard_bytes
+            until = min(stop, end)
+            self._checksum = native.crc32c(self._payload[self._at : until], self._checksum)
+            self._at = until
+            if until == end:
+                self._out[shard], self._checksum = self._checksum, self._seed
+
+    def land(self, payload: Bytes) -> None:
+        """See the contract. One pass over the bytes a shard, and one wait for the GIL after it: of sixteen threads each waits long."""
+        size = self._shard_bytes
+        for shard in range(len(self._out)):
+            native.gather_crc(
+                np.array([payload.ctypes.data + shard * size]),
+                _NO_STRIDE,
+                size,
+                _FIRST,
+                1,
+                self._payload.ctypes.data + shard * size,
+                size,
+                _FIRST,
+                1,
+                self._key,
+                self._out[shard : shard + 1],
+            )
+        self._at = len(payload)
 
 
 def payload_bytes(layout: KVLayout) -> int:
@@ -200,10 +228,11 @@ def split_into(data: memoryview | bytes, value: Value) -> BlockStatus:
     if len(found) != value.size:
         return BlockStatus.CORRUPT
     value.header[:] = found[: len(value.header)]
-    if value.land is None:
-        value.payload[:] = found[len(value.header) :]
+    payload = found[len(value.header) :]
+    if value.checks is None:
+        value.payload[:] = payload
     else:
-        value.land(found[len(value.header) :])
+        value.checks.land(payload)
     return BlockStatus.OK
 
 

@@ -180,6 +180,36 @@ def test_what_is_written_is_read(rig: Rig) -> None:
     assert all(rig.same(i) for i in range(COUNT))
 
 
+class Heard:
+    """Checks of a value, which compares what is said to have arrived with what was written, at once."""
+
+    def __init__(self, rig: Rig, index: int) -> None:
+        self.wanted, self.found = rig.payloads[index], rig.payloads[COUNT + index]
+        self.at = 0
+
+    def arrived(self, count: int) -> None:
+        here = slice(self.at, self.at + count)
+        assert count > 0
+        assert (self.found[here] == self.wanted[here]).all()
+        self.at += count
+
+    def land(self, payload: np.ndarray) -> None:
+        assert not self.at
+        self.found[:] = payload
+        self.arrived(len(payload))
+
+
+def test_what_is_said_to_have_arrived_is_there(rig: Rig) -> None:
+    rig.fill(5)
+    wanted, heard = names("arrived"), [Heard(rig, index) for index in range(COUNT)]
+    assert (rig.store.write(wanted, rig.values(0, COUNT), soon()) == OK).all()
+    places = [
+        Value(*value[:2], checks) for value, checks in zip(rig.values(COUNT, COUNT), heard, strict=True)
+    ]
+    assert (rig.store.read(wanted, places, soon()) == OK).all()
+    assert {checks.at for checks in heard} <= {0, PAYLOAD}, "all or nothing"
+
+
 def test_what_is_missing_is_told_apart(rig: Rig) -> None:
     rig.fill(2)
     wanted = names("missing", 8)
@@ -220,6 +250,19 @@ def test_a_late_call_answers_all_the_same(rig: Rig) -> None:
     ):
         assert len(statuses) == 4
         assert set(statuses.tolist()) <= {OK, IO_ERROR, DROPPED}
+
+
+def test_values_expire_where_that_is_asked_for(tmp_path: Path) -> None:
+    with redis_server() as port:
+        client = valkey.Valkey(port=port)
+        for options, lifetimes in (({"expire_s": "100"}, range(50, 101)), ({}, [-1])):
+            rig = Rig(open_store, RemoteSpec(f"valkey://127.0.0.1:{port}", "p", LAYOUT, options))
+            rig.fill(6)
+            assert rig.store.write(["p/expires"], rig.values(0, 1), soon()).tolist() == [OK]
+            assert rig.store.read(["p/expires"], rig.values(COUNT, 1), soon()).tolist() == [OK]
+            assert rig.same(0)
+            assert client.ttl("p/expires") in lifetimes
+            rig.store.close()
 
 
 def test_a_server_that_cannot_prove_who_it_is_is_not_spoken_to(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ TERMS = {"slot_count": 10, "huge_pages": False, "has_remote": False}
 
 def hello(terms: object = TERMS) -> bytes:
     body = terms if isinstance(terms, bytes) else json.dumps(terms).encode()
-    return b"".join(frame(Kind.HELLO, 0, body))
+    return frame(Kind.HELLO, 0, body)
 
 
 @contextlib.contextmanager
@@ -88,11 +88,11 @@ GREETINGS = {
     "it closes at once": (say(b""), OSError),
     "half a header": (say(hello()[: HEADER.size // 2]), OSError),
     "half a greeting": (say(hello()[:-3], 4), OSError),
-    "an error": (say(b"".join(frame(Kind.ERROR, 0, b"no room"))), Refused),
+    "an error": (say(frame(Kind.ERROR, 0, b"no room")), Refused),
     "no descriptors": (say(hello()), WireError),
     "too few descriptors": (say(hello(), 3), WireError),
     "too many descriptors": (say(hello(), 5), FlexKVError),
-    "another kind": (say(b"".join(frame(Kind.USAGE, 0)), 4), WireError),
+    "another kind": (say(frame(Kind.USAGE, 0), 4), WireError),
     "no kind": (say(HEADER.pack(0, 999, 0, 0), 4), WireError),
     "too long": (say(HEADER.pack(65_537, Kind.HELLO, 0, 0), 4), WireError),
     "no JSON": (say(hello(b"{"), 4), WireError),
@@ -127,9 +127,9 @@ def test_greetings(
 
 STATUSES = {
     "it closes at once": (say(b""), OSError),
-    "an error": (say(b"".join(frame(Kind.ERROR, 1, b"no"))), Refused),
-    "no JSON": (say(b"".join(frame(Kind.STATUS, 1, b"{"))), WireError),
-    "a number": (say(b"".join(frame(Kind.STATUS, 1, b"7"))), WireError),
+    "an error": (say(frame(Kind.ERROR, 1, b"no")), Refused),
+    "no JSON": (say(frame(Kind.STATUS, 1, b"{")), WireError),
+    "a number": (say(frame(Kind.STATUS, 1, b"7")), WireError),
     "too long": (say(HEADER.pack(PAYLOAD_BYTES_MAX + 1, Kind.STATUS, 0, 1)), WireError),
     "drops": (drip, TimeoutError),
 }
@@ -185,16 +185,16 @@ def ends() -> Iterator[Ends]:
 
 
 def match(number: int, blocks: int = 2) -> bytes:
-    return b"".join(frame(Kind.MATCH, number, pack_count(blocks)))
+    return frame(Kind.MATCH, number, pack_count(blocks))
 
 
 BAD_ANSWERS = {
     "another number": match(2),
-    "another kind": b"".join(frame(Kind.RESET, 1, pack_count(2))),
+    "another kind": frame(Kind.RESET, 1, pack_count(2)),
     "a kind that is none": HEADER.pack(0, 99, 0, 1),
     "too long": HEADER.pack(PAYLOAD_BYTES_MAX + 1, Kind.MATCH, 0, 1),
-    "too short": b"".join(frame(Kind.MATCH, 1, b"\0")),
-    "an error": b"".join(frame(Kind.ERROR, 0, b"\xff no")),
+    "too short": frame(Kind.MATCH, 1, b"\0"),
+    "an error": frame(Kind.ERROR, 0, b"\xff no"),
 }
 
 
@@ -219,9 +219,9 @@ def test_an_answer_in_pieces_and_a_late_one(ends: Ends) -> None:
 def test_a_late_plan_is_given_back(ends: Ends) -> None:
     assert ends.link.call(Kind.GET, bytes(32), 0.1, Planned.unpack) is None
     plan = Planned(77, 0, np.arange(2, dtype=np.int32), np.empty(0, np.int32))
-    ends.calls.sendall(b"".join(frame(Kind.GET, 1, *plan.pack())))
+    ends.calls.sendall(frame(Kind.GET, 1, *plan.pack()))
     assert ends.ask_slowly(match(2)) == 2
-    asked = HEADER.size + len(frame(Kind.MATCH, 2, bytes(9))[1])
+    asked = len(frame(Kind.MATCH, 2, bytes(9)))
     sent = ends.calls.recv(4096)
     kinds = [HEADER.unpack_from(sent, at)[1::2] for at in (0, asked, asked + HEADER.size)]
     assert kinds == [(Kind.GET, 1), (Kind.CANCEL, 77), (Kind.MATCH, 2)]
@@ -250,12 +250,12 @@ def test_a_server_that_dies_in_the_middle_of_its_answer(ends: Ends) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [HEADER.pack(0, 99, 0, 0), b"".join(frame(Kind.USAGE, 0, pack_usage(0, 0)))],
+    [HEADER.pack(0, 99, 0, 0), frame(Kind.USAGE, 0, pack_usage(0, 0))],
     ids=["garbage", "a fault"],
 )
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_events_that_cannot_be_taken_in_break_the_link(ends: Ends, words: bytes) -> None:
-    ends.events.sendall(b"".join(frame(Kind.USAGE, 0, pack_usage(1, 2))) + words)
+    ends.events.sendall(frame(Kind.USAGE, 0, pack_usage(1, 2)) + words)
     assert ends.broken.wait(10)
     assert ends.heard[0] is Kind.USAGE
     assert ends.link.call(Kind.MATCH, bytes(32), 5.0, unpack_count) is None
@@ -279,7 +279,7 @@ BAD_PLANS = {
 def test_plans_that_lie_break_the_link(ends: Ends, slots: list[int], reads: list[int]) -> None:
     """The copier would write where they say."""
     plan = Planned(5, 0, np.array(slots, np.int32), np.array(reads, np.int32))
-    ends.calls.sendall(b"".join(frame(Kind.GET, 1, *plan.pack())))
+    ends.calls.sendall(frame(Kind.GET, 1, *plan.pack()))
     unpack = partial(Planned.unpack, blocks_max=4, slots_max=10)
     assert ends.link.call(Kind.GET, bytes(64), 0.3, unpack) is None
     assert ends.link.is_broken

@@ -49,15 +49,13 @@ def read(reader: FrameReader, stream: bytes, cuts: list[int]) -> list[tuple[Kind
 
 @given(FRAMES, st.lists(st.integers(1, 300), max_size=60))
 def test_a_stream_may_be_cut_anywhere(frames: list[tuple[Kind, int, bytes]], cuts: list[int]) -> None:
-    stream = b"".join(b"".join(frame(*one)) for one in frames)
+    stream = b"".join(frame(*one) for one in frames)
     assert read(FrameReader(1000), stream, cuts) == frames
 
 
 def test_a_frame_longer_than_the_buffer() -> None:
     body = bytes(range(256)) * 4000
-    assert read(FrameReader(2 << 20), b"".join(frame(Kind.GET, 3, body)), [7, 100_000]) == [
-        (Kind.GET, 3, body)
-    ]
+    assert read(FrameReader(2 << 20), frame(Kind.GET, 3, body), [7, 100_000]) == [(Kind.GET, 3, body)]
 
 
 @given(st.binary(min_size=HEADER.size, max_size=200))
