@@ -347,26 +347,3 @@ def test_a_store_that_fails_at_a_layer_is_a_later_miss(
     engine.reset()
     missed = engine.ask(prompt)
     assert (missed.external_tokens, missed.token_ids) == (0, wanted.token_ids)
-
-
-def test_an_engine_that_writes_a_layer_twice_in_a_step_stores_whole(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nothing of that step is kept. Last in this file: the engine's stores are whole from then on."""
-    prompt, written = prompt_tokens(2704, 200), InStepStores.written
-
-    def twice(stores: InStepStores, name: str, submit: Any) -> None:
-        written(stores, name, submit)
-        written(stores, name, submit)
-
-    engine.reset(external=True)
-    with monkeypatch.context() as patch:
-        patch.setattr(InStepStores, "written", twice)
-        stores = Stores(patch)
-        answer = engine.ask(prompt)
-    assert None in stores.layers(), "the next step's"
-    engine.check_integrity()
-    engine.reset()
-    again = engine.ask(prompt)
-    assert again.token_ids == answer.token_ids
-    assert hit_differences(engine, prompt) == set()
