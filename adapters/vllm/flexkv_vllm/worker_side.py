@@ -154,10 +154,11 @@ class WorkerSide:
         begun: frozenset[int] = frozenset()
         if self._stores_in_step is not None:
             begun = self._stores_in_step.end(keep=not self._step_failed)
-        stores = [replace(op, delivery=Delivery.WHOLE) for op in metadata.stores if op.op_id not in begun]
+        stores = [op for op in metadata.stores if op.op_id not in begun]
         for op in stores if not self._step_failed else ():
             if self._writes:
-                self._submit(op, metadata)
+                whole = op.delivery is Delivery.WHOLE
+                self._submit(op if whole else replace(op, delivery=Delivery.WHOLE), metadata)
             else:  # another rank stores the same bytes
                 self._results.append(OpResult(op.op_id, OpStatus.DONE, np.ones(len(op.slots), np.bool_)))
         for op in metadata.checks if not self._step_failed else ():

@@ -22,7 +22,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from flexkv_core.cli.bench.overhead import interval
+from flexkv_core.cli.bench.overhead import ratio_figures
 from flexkv_core.cli.harness.client import Completion, VllmClient
 from flexkv_core.cli.harness.server import EngineServer, VllmServer, transfer_config
 
@@ -127,10 +127,7 @@ def _misses(clients: Mapping[str, VllmClient], rng: random.Random, pairs: int) -
                 times_ms[side].append(answer.ttft_ms)
     figures: dict[str, float | bool] = {}
     for side in ("flexkv", "native"):
-        ratios = [a / b for a, b in zip(times_ms[side], times_ms["none"], strict=True)]
-        low, high = interval(ratios)
-        figures[f"ttft_miss_ratio_{side}"] = statistics.median(ratios)
-        figures |= {f"ttft_miss_ratio_{side}_low": low, f"ttft_miss_ratio_{side}_high": high}
+        figures |= ratio_figures(f"ttft_miss_ratio_{side}", times_ms[side], times_ms["none"])
     return figures | {f"ttft_miss_{side}_ms": statistics.median(times) for side, times in times_ms.items()}
 
 

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from flexkv_core.cli.bench.overhead import compute_cpus, compute_dtype, interval
+from flexkv_core.cli.bench.overhead import compute_cpus, compute_dtype, ratio_figures
 from flexkv_core.cli.harness.checkpoint import ensure_demo_model
 from flexkv_core.cli.harness.client import VllmClient
 from flexkv_core.cli.harness.server import CPU_ARGUMENTS, CPU_ENVIRONMENT, KV_TRANSFER_CONFIG, VllmServer
@@ -48,13 +48,7 @@ def run(quick: bool = False) -> dict[str, float]:
     dtypes = {dtype: value for dtype, value in DTYPES.items() if dtype in ("float32", compute_dtype())}
     for dtype, (name, value_bytes) in dtypes.items():
         times_ms = _measure(dtype, value_bytes, QUICK_PAIRS if quick else PAIRS)
-        ratios = [a / b for a, b in zip(times_ms["layerwise"], times_ms["whole"], strict=True)]
-        low, high = interval(ratios)
-        figures |= {
-            f"ttft_layerwise_ratio_{name}": median(ratios),
-            f"ttft_layerwise_ratio_{name}_low": low,
-            f"ttft_layerwise_ratio_{name}_high": high,
-        }
+        figures |= ratio_figures(f"ttft_layerwise_ratio_{name}", times_ms["layerwise"], times_ms["whole"])
         figures |= {f"ttft_{side}_{name}_ms": median(values) for side, values in times_ms.items()}
     worst = max(figures[f"ttft_layerwise_ratio_{name}"] for name, _ in dtypes.values())
     return {"ttft_layerwise_ratio": worst, **figures, "hit_tokens": HIT_BLOCKS * BLOCK_TOKENS}

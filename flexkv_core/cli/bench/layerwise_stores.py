@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 
 from flexkv_core.cli.bench.layerwise import BLOCK_TOKENS, DTYPES, VALUES_PER_TOKEN
-from flexkv_core.cli.bench.overhead import compute_cpus, compute_dtype, interval
+from flexkv_core.cli.bench.overhead import compute_cpus, compute_dtype, ratio_figures
 from flexkv_core.cli.harness.checkpoint import ensure_demo_model
 from flexkv_core.cli.harness.client import VllmClient
 from flexkv_core.cli.harness.server import CPU_ARGUMENTS, CPU_ENVIRONMENT, KV_TRANSFER_CONFIG, VllmServer
@@ -45,13 +45,8 @@ def run(quick: bool = False) -> dict[str, float]:
     for dtype, (name, value_bytes) in dtypes.items():
         found = _measure(dtype, value_bytes, QUICK_PAIRS if quick else PAIRS)
         for what, times_ms in found.items():
-            ratios = [a / b for a, b in zip(times_ms["layerwise"], times_ms["whole"], strict=True)]
-            low, high = interval(ratios)
-            figures |= {
-                f"{what}_miss_layerwise_ratio_{name}": median(ratios),
-                f"{what}_miss_layerwise_ratio_{name}_low": low,
-                f"{what}_miss_layerwise_ratio_{name}_high": high,
-            }
+            ratio = f"{what}_miss_layerwise_ratio_{name}"
+            figures |= ratio_figures(ratio, times_ms["layerwise"], times_ms["whole"])
             figures |= {f"{what}_{side}_{name}_ms": median(values) for side, values in times_ms.items()}
     worst = max(figures[f"ttft_miss_layerwise_ratio_{name}"] for name, _ in dtypes.values())
     return {"ttft_miss_layerwise_ratio": worst, **figures, "stored_tokens": BLOCKS * BLOCK_TOKENS}

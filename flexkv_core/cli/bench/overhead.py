@@ -78,16 +78,12 @@ def miss_figures(with_server: EngineServer, without_server: EngineServer, pairs:
 
 
 def _figures(with_ms: list[float], without_ms: list[float]) -> dict[str, float]:
-    ratios = [a / b for a, b in zip(with_ms, without_ms, strict=True)]
-    low, high = interval(ratios)
     return {
-        "ttft_miss_ratio": statistics.median(ratios),
-        "ttft_miss_ratio_low": low,
-        "ttft_miss_ratio_high": high,
+        **ratio_figures("ttft_miss_ratio", with_ms, without_ms),
         "ttft_miss_ratio_of_medians": statistics.median(with_ms) / statistics.median(without_ms),
         "ttft_with_ms": statistics.median(with_ms),
         "ttft_without_ms": statistics.median(without_ms),
-        "pairs": len(ratios),
+        "pairs": len(with_ms),
         "prompt_tokens": PROMPT_TOKENS,
     }
 
@@ -106,7 +102,14 @@ def compute_cpus() -> str:
     return ",".join(str(cpu) for cpu in cpus[:-1] or cpus)
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
+def ratio_figures(name: str, ones: Sequence[float], others: Sequence[float]) -> dict[str, float]:
+    """``name``: median of the pairs' ratios ones / others; ``name``_low and _high: the ends of its 95 % bootstrap interval."""
+    ratios = [one / other for one, other in zip(ones, others, strict=True)]
+    low, high = _interval(ratios)
+    return {name: statistics.median(ratios), f"{name}_low": low, f"{name}_high": high}
+
+
+def _interval(values: Sequence[float]) -> tuple[float, float]:
     """A 95 % bootstrap interval of the median."""
     rng = random.Random(_SEED)
     medians = sorted(statistics.median(rng.choices(values, k=len(values))) for _ in range(_RESAMPLES))

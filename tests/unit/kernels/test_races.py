@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flexkv_core.transfer.plan import Delivery, TransferOp
-from flexkv_core.types import Direction
+from flexkv_core.types import BlockIds, Direction, Slots
 from flexkv_kernels.paths import Mode
 from flexkv_kernels.streams import Order
 from tests.unit.kernels.stream_rig import BLOCKS, Shape, StreamRig
@@ -32,11 +32,15 @@ def story(seed: int, mode: Mode, removed: frozenset[Order] = frozenset()) -> lis
         rig.close()
 
 
-def _tell(rig: StreamRig, rng: np.random.Generator) -> list[str]:
+def _drawn(rng: np.random.Generator) -> tuple[BlockIds, BlockIds, Slots, bytes]:
+    """Blocks to be stored, blocks to be loaded into, slots, and their keys."""
     order = rng.permutation(BLOCKS)
-    mine, others = order[:HALF], order[HALF:]
     slots = rng.permutation(BLOCKS)[:HALF].astype(np.int32)
-    keys = rng.bytes(16 * HALF)
+    return order[:HALF], order[HALF:], slots, rng.bytes(16 * HALF)
+
+
+def _tell(rig: StreamRig, rng: np.random.Generator) -> list[str]:
+    mine, others, slots, keys = _drawn(rng)
     fresh = torch.from_numpy(rng.integers(0, 256, rig.held(mine).shape, dtype=np.uint8))
     for place in range(HALF):  # the engine computes, block by block
         block, values = mine[place : place + 1], fresh[:, place : place + 1]
@@ -71,10 +75,7 @@ def layered_story(seed: int, mode: Mode, removed: frozenset[Order] = frozenset()
 
 
 def _tell_layered(rig: StreamRig, rng: np.random.Generator) -> list[str]:
-    order = rng.permutation(BLOCKS)
-    mine, others = order[:HALF], order[HALF:]
-    slots = rng.permutation(BLOCKS)[:HALF].astype(np.int32)
-    keys = rng.bytes(16 * HALF)
+    mine, others, slots, keys = _drawn(rng)
     rig.copier.gather(TransferOp(1, Direction.STORE, keys, slots, mine), rig.copier.mark())
     fresh, old, read = rig.held(mine), rig.held(others), []
     rig.streams.engine(lambda: read.append(rig.held(others)))
@@ -110,10 +111,7 @@ def stored_by_layers(seed: int, mode: Mode, removed: frozenset[Order] = frozense
 
 
 def _tell_stored_by_layers(rig: StreamRig, rng: np.random.Generator) -> list[str]:
-    order = rng.permutation(BLOCKS)
-    mine, others = order[:HALF], order[HALF:]
-    slots = rng.permutation(BLOCKS)[:HALF].astype(np.int32)
-    keys = rng.bytes(16 * HALF)
+    mine, others, slots, keys = _drawn(rng)
     fresh = torch.from_numpy(rng.integers(0, 256, rig.held(mine).shape, dtype=np.uint8))
     marks = []
     for layer in range(LAYERS):
