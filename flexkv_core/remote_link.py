@@ -32,6 +32,7 @@ from flexkv_core.storage.memory import HostSegment
 from flexkv_core.storage.remote import check_usable, client_environment
 from flexkv_core.storage.remote.base import RemoteSpec
 from flexkv_core.storage.remote.breaker import Allow, Breaker
+from flexkv_core.storage.remote.patience import Patience
 from flexkv_core.storage.remote.presence import Presence
 from flexkv_core.storage.remote.values import deployment_prefix
 from flexkv_core.tasks import prefix_length
@@ -142,6 +143,7 @@ class RemoteLink:
         self._epoch = 0
         self._presence = Presence(config.remote_known_s, MISSING_S)
         self._lookup_breaker, self._read_breaker = Breaker(), Breaker()
+        self._patience = Patience()
         self._lookups = self._late_lookups = self._read_blocks = self._late_reads = 0
         self._failures = self._corrupt_blocks = 0
         self._process = RemoteProcess(
@@ -219,11 +221,15 @@ class RemoteLink:
         if not self._process.lookup(op, unknown, fetch.epoch):
             return False
         self._lookups += 1
-        fetch.is_probe |= allowed is Allow.PROBE
+        fetch.is_probe |= allowed is Allow.PROBE or not self._may_wait()
         fetch.phase, fetch.deadline = _Phase.LOOKING, _in_ms(self._config.remote_lookup_deadline_ms)
         self._ops[op] = _Op(fetch, _dropped(len(unknown) // KEY_BYTES))
         self._by_first_missing[_key(fetch.keys, fetch.next_block)] = fetch
         return True
+
+    def _may_wait(self) -> bool:
+        """Whether a request may wait for a lookup. One that is to wait for what another engine writes may, whatever was found before."""
+        return self._config.remote_wait_ms > 0 or self._patience.is_left
 
     def _begin_reading(self, fetch: _Fetch) -> bool:
         """Read what was found, if that is worth it; whether anything is read."""
@@ -261,6 +267,10 @@ class RemoteLink:
 
     def _take_lookup(self, op: _Op) -> None:
         fetch = op.fetch
+        if prefix_length(op.statuses == BlockStatus.OK):
+            self._patience.restore()
+        elif not fetch.is_probe:
+            self._patience.spend(min(time.monotonic(), fetch.deadline) - fetch.begun)
         if (op.statuses == BlockStatus.IO_ERROR).any() or op.is_lost:
             self._failures += 1
             self._lookup_breaker.failed()

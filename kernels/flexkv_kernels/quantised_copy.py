@@ -21,6 +21,9 @@ from flexkv_kernels.paged_copy import WARPS, WORK_ITEMS_MAX, SegmentTable
 
 VALUE_BYTES = 2
 
+REGISTERS_MAX = 40
+"""Of a thread that rounds and reads several values at once: sm_100's assembler takes 48 if it may, and spills nothing with these."""
+
 _TABLES = ["segment_addresses", "segment_strides", "blocks", "images"]
 
 
@@ -199,7 +202,13 @@ def quantise(
             VECTOR=variant[0],
             TILE=variant[1],
             num_warps=WARPS,
+            maxnreg=registers_max(variant),
         )
+
+
+def registers_max(variant: tuple[int, int]) -> int | None:
+    """The bound that :func:`quantise` gives the compiler; None: its own choice, which stays below where values are read one by one."""
+    return REGISTERS_MAX if variant[0] > 1 else None
 
 
 def dequantise(

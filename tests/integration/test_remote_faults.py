@@ -142,6 +142,23 @@ def test_nobody_listens_and_then_somebody_does(make: Callable[..., Engine], tmp_
         engine.close()
 
 
+def test_nobody_waits_for_a_slow_store_that_has_nothing_until_it_has(redis: int) -> None:
+    seed = 500_000
+    fill(valkey_engine, redis, seed)
+    with proxy_to(redis, Fault.SLOW) as proxy:
+        proxy.delay_s = WAIT_S / 4
+        engine = valkey_engine(proxy.port)
+        news = iter(range(600_000, 700_000, 1000))
+        assert engine.fetch(engine.keys(TOKENS + next(news))), "at first a request waits"
+        wait_until(lambda: not engine.fetch(engine.keys(TOKENS + next(news))))
+        lookups = engine.manager.counters().remote_lookups
+        assert not engine.fetch(engine.keys(TOKENS + seed))
+        wait_until(lambda: engine.get(seed, TOKENS + seed) == BLOCKS)
+        assert engine.manager.counters().remote_lookups == lookups + 1, "it was asked all the same"
+        assert engine.fetch(engine.keys(TOKENS + next(news))), "it had something, so the next one waits"
+        engine.close()
+
+
 def test_an_unknown_host() -> None:
     for url, options in (
         ("valkey://no-such-host.invalid:6379", {}),

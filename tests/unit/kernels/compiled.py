@@ -16,7 +16,7 @@ from triton.runtime.jit import JITFunction
 
 from flexkv_kernels.access import THREADS, Access
 from flexkv_kernels.paged_copy import paged_copy_kernel
-from flexkv_kernels.quantised_copy import dequantise_kernel, quantise_kernel
+from flexkv_kernels.quantised_copy import dequantise_kernel, quantise_kernel, registers_max
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -90,8 +90,10 @@ def compiled_rounding(target: str, variant: tuple[int, int], to_images: bool) ->
         {name: _ROUNDING_SIGNATURE[name] for name in arguments} | dict.fromkeys(constants, "constexpr"),
         constexprs=constants,
     )
-    warps = THREADS // TARGETS[target].warp_size
-    return triton.compile(source, target=TARGETS[target], options={"num_warps": warps})
+    options = {"num_warps": THREADS // TARGETS[target].warp_size}
+    if to_images and target != "gfx942":  # AMD's compiler has no such option, and no GPU of AMD is served
+        options["maxnreg"] = registers_max(variant)
+    return triton.compile(source, target=TARGETS[target], options=options)
 
 
 def resources(target: str, kernel: CompiledKernel) -> Resources:
