@@ -20,11 +20,11 @@ from flexkv_core.cli.bench.overhead import compute_cpus, compute_dtype
 from flexkv_core.cli.harness.checkpoint import ensure_demo_model
 from flexkv_core.cli.harness.client import Completion, VllmClient
 from flexkv_core.cli.harness.proxy import Fault, Proxy, proxy_to
-from flexkv_core.cli.harness.server import CPU_ARGUMENTS, CPU_ENVIRONMENT, VllmServer
+from flexkv_core.cli.harness.server import CPU_ARGUMENTS, CPU_ENVIRONMENT, TURN_PAUSE_S, VllmServer
 from flexkv_core.cli.harness.stores import redis_server
 
 REQUESTS, QUICK_REQUESTS = 200, 10
-TURN_REQUESTS = 10  # before the other server has its turn
+TURN_REQUESTS = 5  # before the other server has its turn
 PROMPT_TOKENS = 130
 ANSWER_TOKENS = 2
 LAYERS = 10
@@ -34,14 +34,13 @@ SLOW_S = 0.05
 """Of each answer: more than 100 times what this store takes on loopback (0.3 ms)."""
 FAULTS = {"dead": Fault.DEAD, "black_hole": Fault.BLACK_HOLE, "slow": Fault.SLOW}
 _WARM_UP_REQUESTS = 6
-_PAUSE_S = 0.3  # as in `overhead`: threads of the engine that answered leave the cores
 _SEED = 77
 _TOKEN_IDS = range(100, 40_000)
 
 
 def run(quick: bool = False) -> dict[str, float | bool]:
     """For each fault ``throughput_ratio_<fault>`` (requests a second with the bad store / without a remote tier) and
-    ``ttft_ratio_<fault>`` (median time to first token without / with); then what FlexKV counted. About ten minutes."""
+    ``ttft_ratio_<fault>`` (median time to first token without / with); then what FlexKV counted. About twelve minutes."""
     requests = QUICK_REQUESTS if quick else REQUESTS
     rng = random.Random(_SEED)
     results: dict[str, float | bool] = {}
@@ -84,7 +83,7 @@ def _in_turns(
     for turn, start in enumerate(range(0, count, TURN_REQUESTS)):
         prompts = [rng.choices(_TOKEN_IDS, k=PROMPT_TOKENS) for _ in range(min(TURN_REQUESTS, count - start))]
         for side in (0, 1) if turn % 2 else (1, 0):
-            time.sleep(_PAUSE_S)
+            time.sleep(TURN_PAUSE_S)
             client = (first, second)[side]
             answers[side].extend(client.complete(prompt, tokens_max=ANSWER_TOKENS) for prompt in prompts)
     return answers

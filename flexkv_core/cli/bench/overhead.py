@@ -24,6 +24,7 @@ from flexkv_core.cli.harness.server import (
     CPU_ARGUMENTS,
     CPU_ENVIRONMENT,
     KV_TRANSFER_CONFIG,
+    TURN_PAUSE_S,
     EngineServer,
     VllmServer,
 )
@@ -34,8 +35,6 @@ PROMPT_TOKENS = 1100
 _WARM_UP_PAIRS = 3
 _SEED = 20_240
 _TOKEN_IDS = range(100, 40_000)  # ordinary text of the demo's tokenizer, no control tokens
-_PAUSE_S = 0.3
-"""Between requests: OpenMP's threads of the engine that answered spin for 0.2 s before they leave the cores to the other."""
 _RESAMPLES = 2000
 
 
@@ -69,7 +68,7 @@ def miss_figures(with_server: EngineServer, without_server: EngineServer, pairs:
         for pair in range(-_WARM_UP_PAIRS, pairs):
             prompt = rng.choices(_TOKEN_IDS, k=PROMPT_TOKENS)
             for side in (0, 1) if pair % 2 else (1, 0):
-                time.sleep(_PAUSE_S)
+                time.sleep(TURN_PAUSE_S)
                 answer = clients[side].complete(prompt, tokens_max=1)
                 assert answer.cached_tokens == 0, "a new prompt was found in a cache"
                 if pair >= 0:

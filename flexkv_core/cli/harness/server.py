@@ -47,6 +47,10 @@ CPU_ARGUMENTS: Sequence[str] = (
 )
 """float32, because only there a hit and a recomputation are equal token for token; 64 is a block size that the CPU build takes."""
 
+TURN_PAUSE_S = 1.2
+"""Between a request to one server and the next to another on the same cores. For a second after a request vLLM's processes poll for the next
+one, and OpenMP's threads for 0.2 s: a request that begins on the other server meanwhile took 0.7 s longer in one of the two directions."""
+
 _POLL_S = 0.2
 _GRACE_S = 30.0
 """vLLM's own shutdown takes up to 15 s on a loaded machine; only after this long is the group killed."""
