@@ -18,7 +18,9 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
+from typing_extensions import Buffer
 
+from flexkv_core import native
 from flexkv_core.cache.engine import GlobalCacheEngine
 from flexkv_core.cache.plans import GetPlan, PutPlan
 from flexkv_core.cache.tier_events import TierEvent
@@ -249,6 +251,11 @@ class BlockManager:
         meanwhile."""
         with self._lock:
             return 0 if self._closed else self._cache.match(keys)
+
+    def answer_match(self, fd: int, kind: int, memory: Buffer) -> bool:
+        """:meth:`match_keys` for who asks through a socket, see :func:`~flexkv_core.native.answer_match`."""
+        with self._lock:
+            return not self._closed and native.answer_match(self._cache.index, fd, kind, memory)
 
     def is_in_host(self, keys: bytes, start_block: int) -> bool:
         """Whether all blocks of ``keys`` from ``start_block`` on could be loaded without a lower tier; pins nothing, changes nothing."""

@@ -27,6 +27,8 @@ except ImportError:
     scatter_verify = twin.scatter_verify
     quantise = twin.quantise
     dequantise = twin.dequantise
+    answer_match = twin.answer_match
+    ask_match = twin.ask_match
     INSTRUCTIONS = "python"
 else:
     NATIVE = True
@@ -40,11 +42,15 @@ else:
     scatter_verify = _native.scatter_verify
     quantise = _native.quantise
     dequantise = _native.dequantise
+    answer_match = _native.answer_match
+    ask_match = _native.ask_match
     INSTRUCTIONS = _native.INSTRUCTIONS
 
 __all__ = [
     "INSTRUCTIONS",
     "NATIVE",
+    "answer_match",
+    "ask_match",
     "crc32c",
     "crc32c_slots",
     "dequantise",

@@ -172,6 +172,23 @@ def dequantise(
 ) -> None:
     """Images to paged blocks: quantise's arguments, the other way. The segments are those of the image from ``first_segment`` on."""
 
+def ask_match(fd: int, memory: Buffer, keys: Buffer, kind: int, number: int, timeout_s: float, /) -> int:
+    """Put ``keys`` at the start of ``memory``, ask through a socket how many blocks of them are there, in a frame of ``kind`` as defined in
+    ``flexkv_core/serve/wire.py``, and wait for the answer.
+
+    Returns the blocks; -1 where no answer to this question came within timeout_s: what came instead was not received, and the caller has to
+    wait for the answer. Drops the GIL. ValueError: the keys do not go into memory. BlockingIOError: the socket takes nothing more now,
+    nothing was sent. OSError: the other side is gone. The twin leaves the answer to its caller.
+    """
+
+def answer_match(index: object, fd: int, kind: int, memory: Buffer, /) -> bool:
+    """Answer such a question where it is all that a socket has to be received, its keys at the start of ``memory``: as ``index.match`` without
+    ``through_writing``.
+
+    index: a RunIndex, of which nobody makes use meanwhile. Returns whether it was answered; otherwise nothing was received. Waits for
+    nothing. The twin leaves all questions to its caller.
+    """
+
 class Uring:
     """io_uring over open files; ``flexkv_core.io.uring`` wraps it, and ``flexkv_core.io.base.IoEngine`` is its contract. It is missing
     where the extension was built without Linux's headers; there is no twin. One thread at a time (RuntimeError otherwise)."""

@@ -19,6 +19,9 @@ PyObject *fk_scatter_verify(PyObject *self, PyObject *args, PyObject *kwargs);
 /* quantise.c */
 PyObject *fk_quantise(PyObject *self, PyObject *args, PyObject *kwargs);
 PyObject *fk_dequantise(PyObject *self, PyObject *args, PyObject *kwargs);
+/* exchange.c */
+PyObject *fk_ask_match(PyObject *self, PyObject *args);
+PyObject *fk_answer_match(PyObject *self, PyObject *args);
 /* index.c: adds the class RunIndex; -1 with an error set where that fails */
 int flexkv_add_index(PyObject *module);
 /* uring.c: adds the class Uring where the headers know io_uring; -1 with an error set where that fails */

@@ -401,11 +401,16 @@ static PyType_Spec index_spec = {
     .slots = index_type_slots,
 };
 
+static PyObject *index_type; /* for as long as the process lives, as the module */
+
+const fk_tree *fk_index_tree(PyObject *index) {
+    if (PyObject_TypeCheck(index, (PyTypeObject *)index_type))
+        return TREE(index);
+    PyErr_SetString(PyExc_TypeError, "a RunIndex is needed");
+    return NULL;
+}
+
 int flexkv_add_index(PyObject *module) {
-    PyObject *type = PyType_FromSpec(&index_spec);
-    if (!type)
-        return -1;
-    int status = PyModule_AddObjectRef(module, "RunIndex", type);
-    Py_DECREF(type);
-    return status;
+    index_type = PyType_FromSpec(&index_spec);
+    return index_type ? PyModule_AddObjectRef(module, "RunIndex", index_type) : -1;
 }

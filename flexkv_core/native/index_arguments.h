@@ -94,6 +94,9 @@ static inline PyObject *three(int64_t a, int64_t b, int64_t c) {
     return tuple;
 }
 
+/* The tree of a RunIndex; NULL with TypeError set for anything else. */
+const fk_tree *fk_index_tree(PyObject *index);
+
 /* ---- in index_tiers.c -------------------------------------------------------------------------------------------------------- */
 
 PyObject *fk_index_leaves(PyObject *self, PyObject *run);

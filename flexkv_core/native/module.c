@@ -26,6 +26,8 @@ static PyMethodDef methods[] = {
     {"scatter_verify", KEYWORDS(fk_scatter_verify)},
     {"quantise", KEYWORDS(fk_quantise)},
     {"dequantise", KEYWORDS(fk_dequantise)},
+    {"ask_match", fk_ask_match, METH_VARARGS, NULL},
+    {"answer_match", fk_answer_match, METH_VARARGS, NULL},
     {"select_instructions", select_instructions, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };

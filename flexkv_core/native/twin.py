@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import operator
+import os
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import xxhash
+from typing_extensions import Buffer
 
 from flexkv_core.native.twin_crc32c import crc_update
 from flexkv_core.native.twin_quantise import dequantised, quantised
@@ -411,6 +414,25 @@ def _keys(keys: Any, count: int) -> _Array:
         raise TypeError("keys must be C-contiguous")
     _expect_length("keys", view.nbytes, KEY_BYTES * count)
     return np.frombuffer(view.cast("B"), dtype=np.uint8).reshape(count, KEY_BYTES)
+
+
+_MATCH = struct.Struct("<IHHQIIB")
+"""A header of 16 bytes, and a payload."""
+
+
+def ask_match(fd: int, memory: Buffer, keys: Buffer, kind: int, number: int, timeout_s: float, /) -> int:
+    """See ``_native.pyi``."""
+    given, room = len(memoryview(keys)), memoryview(memory)
+    if given > len(room):
+        raise ValueError(f"{given} bytes of keys do not go into {len(room)}")
+    room[:given] = keys
+    os.write(fd, _MATCH.pack(_MATCH.size - 16, kind, 0, number, given, 0, 0))
+    return -1
+
+
+def answer_match(index: object, fd: int, kind: int, memory: Buffer, /) -> bool:
+    """See ``_native.pyi``."""
+    return False
 
 
 def _is_buffer(tokens: Any) -> bool:

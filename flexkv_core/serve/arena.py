@@ -38,9 +38,10 @@ class Arena:
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         return cls(fd)
 
-    def write(self, keys: bytes) -> None:
-        """Put the keys of the next request in; at most ARENA_BYTES."""
-        self._map[: len(keys)] = keys
+    @property
+    def memory(self) -> mmap.mmap:
+        """Where the keys of the next request go, and are read."""
+        return self._map
 
     def read(self, size: int) -> bytes:
         """A copy of the keys of a request, ``size`` bytes; WireError as :meth:`look`."""

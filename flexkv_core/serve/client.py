@@ -193,7 +193,7 @@ class SharedBlocks:
     def match_keys(self, keys: bytes) -> int:
         """Blocks of the longest cached prefix of ``keys``; pins nothing, changes nothing."""
         link = self._usable_link()
-        found = link.call(Kind.MATCH, keys, self._deadline_s, unpack_count) if link is not None else None
+        found = link.match(keys, self._deadline_s) if link is not None else None
         return min(found or 0, len(keys) // KEY_BYTES)
 
     def is_in_host(self, keys: bytes, start_block: int) -> bool:

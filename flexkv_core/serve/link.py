@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from flexkv_core.errors import FlexKVError
+from flexkv_core.native import ask_match
 from flexkv_core.serve.address import connect
 from flexkv_core.serve.arena import ARENA_BYTES, Arena
 from flexkv_core.serve.channel import Channel
@@ -35,6 +36,7 @@ from flexkv_core.serve.wire import (
     WireError,
     frame,
     pack_asked,
+    unpack_count,
 )
 from flexkv_core.storage.memory import HostSegment
 from flexkv_core.tasks import Purpose
@@ -85,6 +87,7 @@ class Link:
         self._calls, self._events = Channel(calls, OUTBOX_BYTES_MAX), events
         self._on_event, self._on_broken = on_event, on_broken
         self._lock = threading.RLock()
+        self._fd = calls.fileno()
         self._reader = FrameReader(PAYLOAD_BYTES_MAX)
         self._poll = select.poll()
         self._poll.register(calls, select.POLLIN)
@@ -119,15 +122,32 @@ class Link:
             self._number += 1
             self._awaited = kind
             keys = keys[:ARENA_BYTES]
-            self._arena.write(keys)
+            self._arena.memory[: len(keys)] = keys
             self._calls.send(frame(kind, self._number, pack_asked(len(keys), start_block, purpose)))
-            answer = self._wait(deadline)
-            if answer is None:
-                self._suspended_at = time.monotonic()
-                logger.warning(
-                    "server: no answer within %.0f ms; requests are computed meanwhile", 1e3 * deadline_s
-                )
+            answer = self._wait_or_suspend(deadline, deadline_s)
             return None if answer is None else unpack(answer)
+        except (OSError, FlexKVError) as error:
+            self._break(error)
+            return None
+        finally:
+            self._lock.release()
+
+    def match(self, keys: bytes, deadline_s: float) -> int | None:
+        """The answer to MATCH, as :meth:`call`; where nothing else is under way, in one step of C."""
+        deadline = time.monotonic() + deadline_s
+        if not self._lock.acquire(timeout=deadline_s):
+            return None
+        try:
+            if self.is_broken or self._awaited is not None or self._calls.is_blocked:
+                return self.call(Kind.MATCH, keys, deadline_s, unpack_count)
+            self._number += 1
+            self._awaited = Kind.MATCH
+            found = self._ask_match(keys[:ARENA_BYTES], max(0.0, deadline - time.monotonic()))
+            if found < 0:
+                answer = self._wait_or_suspend(deadline, deadline_s)
+                return None if answer is None else unpack_count(answer)
+            self._awaited = None
+            return found
         except (OSError, FlexKVError) as error:
             self._break(error)
             return None
@@ -166,6 +186,24 @@ class Link:
         if time.monotonic() - self._suspended_at > SUSPENDED_MAX_S:
             raise WireError(f"no answer for {SUSPENDED_MAX_S:.0f} s")
         return False
+
+    def _ask_match(self, keys: bytes, timeout_s: float) -> int:
+        """The blocks; below 0: the answer has to be waited for."""
+        try:
+            return ask_match(self._fd, self._arena.memory, keys, Kind.MATCH, self._number, timeout_s)
+        except BlockingIOError:
+            self._calls.send(frame(Kind.MATCH, self._number, pack_asked(len(keys), 0, Purpose.GET)))
+            return -1
+
+    def _wait_or_suspend(self, deadline: float, deadline_s: float) -> memoryview | None:
+        """:meth:`_wait`; what begins when nothing comes is said with the seconds that were waited."""
+        answer = self._wait(deadline)
+        if answer is None:
+            self._suspended_at = time.monotonic()
+            logger.warning(
+                "server: no answer within %.0f ms; requests are computed meanwhile", 1e3 * deadline_s
+            )
+        return answer
 
     def _wait(self, deadline: float) -> memoryview | None:
         """The answer that is awaited, unless it comes too late; ``deadline`` 0: only what is there. A late one gives back what it has

@@ -96,6 +96,15 @@ class Session:
     fetches: set[int] = field(default_factory=set)  # that are waited for, by the client's numbers
     _done: deque[TaskDone | int] = field(default_factory=deque)  # and fetches
 
+    def is_answered(self) -> bool:
+        """Whether all that has come was one question about a match, which was answered; it is in the order of what came before."""
+        if not self.reader.is_empty or self.calls.is_blocked or self.tenant is None or self.arena is None:
+            return False
+        fd, memory = self.calls.socket.fileno(), self.arena.memory
+        answered = self.tenant.manager.answer_match(fd, Kind.MATCH, memory)
+        self.requests += answered
+        return answered
+
     def serve(self, kind: Kind, number: int, payload: memoryview) -> None:
         """Serve one frame of a client that has introduced itself.
 

@@ -106,6 +106,11 @@ class FrameReader:
         self._start, self._stop = 0, used
         return self._buffer[used:]
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing has come of the next frame."""
+        return self._start == self._stop
+
     def received(self, count: int) -> None:
         """``count`` bytes of :meth:`space` were filled."""
         self._stop += count

@@ -15,9 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from flexkv_core import native
 from flexkv_core.block_manager import ModelConfig
 from flexkv_core.cli.torture.device import LAYOUT
 from flexkv_core.errors import FlexKVError
+from flexkv_core.native import twin
 from flexkv_core.serve.arena import ARENA_BYTES, Arena
 from flexkv_core.serve.link import Link, Refused, ask_status, open_link
 from flexkv_core.serve.tenants import Greeting
@@ -161,13 +163,13 @@ class Ends:
     def ask(self, answer: bytes, deadline_s: float = 0.3) -> int | None:
         """One lookup of two keys, which is answered with these bytes."""
         self.calls.sendall(answer)
-        return self.link.call(Kind.MATCH, bytes(32), deadline_s, unpack_count)
+        return self.link.match(bytes(32), deadline_s)
 
     def ask_slowly(self, answer: bytes) -> int | None:
         """The same, answered after a moment: not before it was asked."""
         timer = threading.Timer(0.1, self.calls.sendall, [answer])
         timer.start()
-        found = self.link.call(Kind.MATCH, bytes(32), 10.0, unpack_count)
+        found = self.link.match(bytes(32), 10.0)
         timer.join()
         return found
 
@@ -177,8 +179,11 @@ class Ends:
         self.events.close()
 
 
-@pytest.fixture
-def ends() -> Iterator[Ends]:
+@pytest.fixture(params=["native", "twin"])
+def ends(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ends]:
+    monkeypatch.setattr(
+        "flexkv_core.serve.link.ask_match", native.ask_match if request.param == "native" else twin.ask_match
+    )
     made = Ends()
     yield made
     made.close()
@@ -203,13 +208,13 @@ def test_bad_answers_break_the_link(ends: Ends, answer: bytes) -> None:
     assert ends.ask(answer) is None
     assert ends.link.is_broken
     assert ends.broken.is_set()
-    assert ends.link.call(Kind.MATCH, bytes(32), 5.0, unpack_count) is None
+    assert ends.link.match(bytes(32), 5.0) is None
 
 
 def test_an_answer_in_pieces_and_a_late_one(ends: Ends) -> None:
     assert ends.ask(match(1)[:5]) is None  # half of it: too late
     begin = time.monotonic()
-    assert ends.link.call(Kind.MATCH, bytes(32), 5.0, unpack_count) is None  # nobody waits a second time
+    assert ends.link.match(bytes(32), 5.0) is None  # nobody waits a second time
     assert time.monotonic() - begin < 1
     ends.calls.sendall(match(1)[5:])
     assert ends.ask_slowly(match(2, 7)) == 7
@@ -229,9 +234,9 @@ def test_a_late_plan_is_given_back(ends: Ends) -> None:
 
 def test_a_server_that_stays_silent_is_given_up(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flexkv_core.serve.link.SUSPENDED_MAX_S", 0.2)
-    assert ends.link.call(Kind.MATCH, b"", 0.05, unpack_count) is None
+    assert ends.link.match(b"", 0.05) is None
     time.sleep(0.3)
-    assert ends.link.call(Kind.MATCH, b"", 0.05, unpack_count) is None
+    assert ends.link.match(b"", 0.05) is None
     assert ends.link.is_broken
 
 
@@ -244,7 +249,7 @@ def test_a_server_that_does_not_read_is_given_up(ends: Ends) -> None:
 def test_a_server_that_dies_in_the_middle_of_its_answer(ends: Ends) -> None:
     ends.calls.sendall(match(1)[:-1])
     ends.calls.close()
-    assert ends.link.call(Kind.MATCH, bytes(32), 5.0, unpack_count) is None
+    assert ends.link.match(bytes(32), 5.0) is None
     assert ends.link.is_broken
 
 
@@ -258,7 +263,7 @@ def test_events_that_cannot_be_taken_in_break_the_link(ends: Ends, words: bytes)
     ends.events.sendall(frame(Kind.USAGE, 0, pack_usage(1, 2)) + words)
     assert ends.broken.wait(10)
     assert ends.heard[0] is Kind.USAGE
-    assert ends.link.call(Kind.MATCH, bytes(32), 5.0, unpack_count) is None
+    assert ends.link.match(bytes(32), 5.0) is None
 
 
 def test_more_keys_than_fit_in_are_cut(ends: Ends) -> None:
