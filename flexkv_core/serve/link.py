@@ -142,7 +142,13 @@ class Link:
                 return self.call(Kind.MATCH, keys, deadline_s, unpack_count)
             self._number += 1
             self._awaited = Kind.MATCH
-            found = self._ask_match(keys[:ARENA_BYTES], max(0.0, deadline - time.monotonic()))
+            memory, keys = self._arena.memory, keys[:ARENA_BYTES]
+            timeout_s = max(0.0, deadline - time.monotonic())
+            try:
+                found = ask_match(self._fd, memory, keys, Kind.MATCH, self._number, timeout_s)
+            except BlockingIOError:
+                self._calls.send(frame(Kind.MATCH, self._number, pack_asked(len(keys), 0, Purpose.GET)))
+                found = -1
             if found < 0:
                 answer = self._wait_or_suspend(deadline, deadline_s)
                 return None if answer is None else unpack_count(answer)
@@ -186,14 +192,6 @@ class Link:
         if time.monotonic() - self._suspended_at > SUSPENDED_MAX_S:
             raise WireError(f"no answer for {SUSPENDED_MAX_S:.0f} s")
         return False
-
-    def _ask_match(self, keys: bytes, timeout_s: float) -> int:
-        """The blocks; below 0: the answer has to be waited for."""
-        try:
-            return ask_match(self._fd, self._arena.memory, keys, Kind.MATCH, self._number, timeout_s)
-        except BlockingIOError:
-            self._calls.send(frame(Kind.MATCH, self._number, pack_asked(len(keys), 0, Purpose.GET)))
-            return -1
 
     def _wait_or_suspend(self, deadline: float, deadline_s: float) -> memoryview | None:
         """:meth:`_wait`; what begins when nothing comes is said with the seconds that were waited."""

@@ -65,9 +65,9 @@ class Server:
         self._stopping = False
         self._epoll = select.epoll()
         self._actions: dict[int, Callable[[int], None]] = {}  # by descriptor; given what epoll says of it
-        self._answering: dict[
-            int, Session
-        ] = {}  # those that have a manager, by the descriptors of their calls
+        self._questions: dict[
+            int, Callable[[], bool]
+        ] = {}  # by descriptor; answers a lookup, most of what comes
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._watch(self._wake_fd, self._woken)
         self._listen()
@@ -78,10 +78,12 @@ class Server:
             while not self._stopping:
                 ready = self._epoll.poll(0 if self._unread else self._pause())
                 # All at once: what is closed in this turn may come again as another descriptor.
-                # Questions about matches, most of what comes, are answered before anything else is made of them.
-                for action, events in [
-                    (self._actions[fd], events) for fd, events in ready if not self._is_answered(fd)
-                ]:
+                actions = [
+                    (self._actions[fd], events)
+                    for fd, events in ready
+                    if (is_answered := self._questions.get(fd)) is None or not is_answered()
+                ]
+                for action, events in actions:
                     action(events)
                 if self._unread:
                     self._serve_unread()
@@ -94,10 +96,6 @@ class Server:
         """Have :meth:`run` end; from any thread or a signal handler."""
         self._stopping = True
         self._wake()
-
-    def _is_answered(self, fd: int) -> bool:
-        session = self._answering.get(fd)
-        return session is not None and session.is_answered()
 
     # Connections
 
@@ -183,7 +181,7 @@ class Server:
         session.tenant = tenant
         session.reader.payload_bytes_max = PAYLOAD_BYTES_MAX
         self._send_descriptors(session, tenant)
-        self._answering[session.calls.socket.fileno()] = session
+        self._questions[session.calls.socket.fileno()] = session.is_answered
         logger.info("client %d: %s", session.number, session.name)
 
     def _send_descriptors(self, session: Session, tenant: Tenant) -> None:
@@ -267,7 +265,7 @@ class Server:
         if not session.is_connected:
             return
         logger.info("client %d (%s) has left: %s", session.number, session.name or "no name", reason)
-        self._answering.pop(session.calls.socket.fileno(), None)
+        self._questions.pop(session.calls.socket.fileno(), None)
         self._unwatch(session.calls.socket.fileno())
         if session.events is not None:
             self._unwatch(session.events.socket.fileno())

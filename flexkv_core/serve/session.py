@@ -94,14 +94,19 @@ class Session:
     tasks: dict[int, _Open] = field(default_factory=dict)  # gets and puts that have not ended
     prefetches: set[int] = field(default_factory=set)  # that have not ended
     fetches: set[int] = field(default_factory=set)  # that are waited for, by the client's numbers
+    _answer: Callable[[], bool] | None = None
     _done: deque[TaskDone | int] = field(default_factory=deque)  # and fetches
 
     def is_answered(self) -> bool:
         """Whether all that has come was one question about a match, which was answered; it is in the order of what came before."""
-        if not self.reader.is_empty or self.calls.is_blocked or self.tenant is None or self.arena is None:
+        if not self.reader.is_empty or self.calls.is_blocked:
             return False
-        fd, memory = self.calls.socket.fileno(), self.arena.memory
-        answered = self.tenant.manager.answer_match(fd, Kind.MATCH, memory)
+        if self._answer is None:
+            assert self.tenant is not None
+            assert self.arena is not None
+            fd, memory = self.calls.socket.fileno(), self.arena.memory
+            self._answer = partial(self.tenant.manager.answer_match, fd, Kind.MATCH, memory)
+        answered = self._answer()
         self.requests += answered
         return answered
 
