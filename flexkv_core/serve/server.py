@@ -65,9 +65,7 @@ class Server:
         self._stopping = False
         self._epoll = select.epoll()
         self._actions: dict[int, Callable[[int], None]] = {}  # by descriptor; given what epoll says of it
-        self._questions: dict[
-            int, Callable[[], bool]
-        ] = {}  # by descriptor; answers a lookup, most of what comes
+        self._questions: dict[int, Callable[[], bool]] = {}  # by descriptor; what answers lookups at once
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._watch(self._wake_fd, self._woken)
         self._listen()
