@@ -32,6 +32,8 @@ IS_SABOTAGED = "SABOTAGED_LOADS" in os.environ
 ONE_LINE = ("--kv-transfer-config", SABOTAGED if IS_SABOTAGED else KV_TRANSFER_CONFIG)
 EXTERNAL_HITS = "vllm:external_prefix_cache_hits_total"
 SEGMENT_NAME = "flexkv-host-tier"
+BY_LAYERS = {"FLEXKV_LAYERWISE_STORE_BYTES_MIN": "1"}
+"""Every store is copied layer by layer."""
 
 
 def _server(model: Path, folder: Path, *arguments: str, **environment: str) -> VllmServer:
@@ -166,9 +168,11 @@ def test_tensor_parallel_and_sigkill(llama: Path, tmp_path: Path) -> None:
     cpus = sorted(os.sched_getaffinity(0))
     binding = f"{cpus[0]}|{cpus[-1]}"  # vLLM would ask for a NUMA node a rank
     ranks = ("--tensor-parallel-size", "2")
-    with _server(llama, tmp_path, *ONE_LINE, *ranks, VLLM_CPU_OMP_THREADS_BIND=binding) as server:
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": binding, **BY_LAYERS}
+    with _server(llama, tmp_path, *ONE_LINE, *ranks, **environment) as server:
         with VllmClient(server.base_url) as client:
             _assert_equal_hits(*_hits(client, prompt_tokens(1400, 1500)))
+            assert client.metrics().total("vllm:flexkv_layerwise_stores_total") > 0
         segments = _segments_of_group(server.pid)
         assert segments, "the server maps the host tier"
         server.kill()
@@ -177,7 +181,8 @@ def test_tensor_parallel_and_sigkill(llama: Path, tmp_path: Path) -> None:
 
 @pytest.mark.hit
 def test_uneven_pipeline_and_the_death_of_a_rank(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
-    """Stages of three layers and one. A worker that dies takes the engine with it, as without FlexKV, and no host memory is left."""
+    """Stages of three layers and one, each of which stores its own layer by layer. A worker that dies takes the engine with it, as without
+    FlexKV, and no host memory is left."""
     cpus = sorted(os.sched_getaffinity(0))
     stages = (
         *("--pipeline-parallel-size", "2"),
@@ -191,6 +196,7 @@ def test_uneven_pipeline_and_the_death_of_a_rank(tiny_model: Callable[[str], Pat
     environment = {
         "VLLM_CPU_OMP_THREADS_BIND": f"{cpus[0]}|{cpus[-1]}",
         "VLLM_PP_LAYER_PARTITION": "3,1",
+        **BY_LAYERS,
     }
     arguments = [name for name in CPU_ARGUMENTS if name != "--enforce-eager"]
     server = VllmServer(
