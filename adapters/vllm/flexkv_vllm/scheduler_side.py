@@ -26,6 +26,7 @@ from flexkv_core.transfer.plan import Delivery, TransferOp
 from flexkv_core.types import KEY_BYTES, BlockIds, Direction
 from flexkv_core.verify import HitSampler
 from flexkv_vllm.compat.hybrid import block_tables
+from flexkv_vllm.compat.preemptions import preempted_ids, resumed_ids
 from flexkv_vllm.compat.request import is_cacheable, namespace_of, salts_of, token_list
 from flexkv_vllm.compat.settings import data_parallel_index
 from flexkv_vllm.drafts import unsettled_tokens, withheld_blocks
@@ -344,7 +345,7 @@ class SchedulerSide:
     def _take_back_preempted(self, output: SchedulerOutput) -> frozenset[int]:
         """Stores of requests that were preempted: their blocks may be overwritten by this very step."""
         pending: set[int] = set()
-        for request_id in output.preempted_req_ids or ():
+        for request_id in preempted_ids(output, (state.request for state in self._requests.values())):
             state = self._requests.get(request_id)
             if state is not None:
                 pending.update(state.stores)
@@ -369,11 +370,12 @@ class SchedulerSide:
             if state is not None:
                 state.device_blocks = [list(group) for group in new.block_ids]
         cached = output.scheduled_cached_reqs
+        resumed = resumed_ids(cached)
         for request_id, block_ids in zip(cached.req_ids, cached.new_block_ids, strict=True):
             state = self._requests.get(request_id)
             if state is None or block_ids is None:
                 continue
-            if request_id in cached.resumed_req_ids:
+            if request_id in resumed:
                 state.device_blocks = [list(group) for group in block_ids]
                 continue
             for table, new_blocks in zip(state.device_blocks, block_ids, strict=True):

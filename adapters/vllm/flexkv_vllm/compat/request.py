@@ -17,8 +17,11 @@ def token_list(request: Request) -> Sequence[int]:
 
 
 def is_cacheable(request: Request) -> bool:
-    """Whether tokens and salts tell the request's KV: not with prompt embeddings, nor where input may still be replaced."""
-    return getattr(request, "prompt_embeds", None) is None and not getattr(request, "resumable", False)
+    """Whether tokens and salts tell the request's KV: not with prompt embeddings, nor where input may still be replaced, nor with
+    multimodal inputs of unknown content, which 0.10.1 may have."""
+    if getattr(request, "prompt_embeds", None) is not None or getattr(request, "resumable", False):
+        return False
+    return hasattr(request, "mm_features") or len(request.mm_hashes) == len(request.mm_positions)
 
 
 def namespace_of(request: Request) -> tuple[str, ...]:
@@ -33,7 +36,10 @@ def namespace_of(request: Request) -> tuple[str, ...]:
 
 
 def salts_of(request: Request) -> list[Salt]:
-    """The request's multimodal inputs by content and place."""
+    """The request's multimodal inputs by content and place; 0.10.1 keeps these apart."""
+    if not hasattr(request, "mm_features"):
+        inputs = zip(request.mm_positions, request.mm_hashes, request.mm_kwargs, strict=True)
+        return [Salt(position.offset, f"{item.modality}:{content}") for position, content, item in inputs]
     return [
         Salt(feature.mm_position.offset, f"{feature.modality}:{feature.identifier}")
         for feature in request.mm_features or ()
