@@ -31,6 +31,7 @@ class LoadAdmission:
         self._room = kv_cache_config.num_blocks - 1  # vLLM keeps block 0 for itself
         self._needed: dict[str, int] = {}  # blocks of each request with all that it may generate
         self._held: dict[str, int] = {}  # blocks of those that wait with loaded ones
+        self._refused: set[str] = set()  # may not enter yet
 
     def may_enter(self, request: Request) -> bool:
         """Whether a request that holds no blocks now may take some, to load into or to compute."""
@@ -38,11 +39,19 @@ class LoadAdmission:
             return True
         self._held.pop(request.request_id, None)
         needed = self._needed[request.request_id] = self._blocks_of(request)
-        return not self._held or needed + sum(self._held.values()) <= self._room
+        if self._held and needed + sum(self._held.values()) > self._room:
+            self._refused.add(request.request_id)
+            return False
+        self._refused.discard(request.request_id)
+        return True
 
     def admits(self, request: Request, tokens: int) -> bool:
-        """Whether a load may start for a request that may enter; ``tokens``: what it has then, what the device held included. Alone it
-        always may."""
+        """Whether a load may start for a request that may enter; ``tokens``: what it has then, what the device held included.
+
+        Not while another may not enter, which would otherwise wait for one load after the other; and where nothing is held, always.
+        """
+        if self._refused:
+            return False
         if not self._held:
             return True
         held = {**self._held, request.request_id: tokens // self._block_tokens}
@@ -63,6 +72,7 @@ class LoadAdmission:
         """The request has ended."""
         self._needed.pop(request_id, None)
         self._held.pop(request_id, None)
+        self._refused.discard(request_id)
 
     def _blocks_of(self, request: Request) -> int:
         """With a block more than its tokens, for what vLLM looks ahead."""

@@ -82,3 +82,23 @@ def test_nothing_is_held_back_where_vllm_reserves(monkeypatch: pytest.MonkeyPatc
         assert loads.may_enter(each)
         assert loads.admits(each, 8 * BLOCK_TOKENS)
         loads.holds(each.request_id, 8)
+
+
+def test_a_large_request_does_not_wait_for_load_after_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    loads = admission_of(monkeypatch, 20)
+    small, large, later = request("small", 4), request("large", 18), request("later", 4)
+    assert loads.may_enter(small)
+    loads.holds("small", 3)
+    assert not loads.may_enter(large)
+    assert loads.may_enter(later)
+    assert not loads.admits(later, 2 * BLOCK_TOKENS), "the large one comes first"
+    loads.ran(["small"])
+    assert not loads.admits(later, 2 * BLOCK_TOKENS)
+    assert loads.may_enter(large)
+    assert loads.admits(later, 2 * BLOCK_TOKENS)
+    loads.holds("later", 2)
+    assert loads.may_enter(large)
+    loads.holds("small", 3)
+    assert not loads.may_enter(large)
+    loads.left("large")
+    assert loads.admits(later, 2 * BLOCK_TOKENS), "it went away"
