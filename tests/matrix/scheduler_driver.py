@@ -43,7 +43,7 @@ from vllm.v1.worker.kv_connector_model_runner_mixin import KVConnectorModelRunne
 
 from flexkv_core.cli.harness.server import free_port
 from flexkv_vllm.compat.preemptions import resumed_ids
-from tests.matrix.troubled_connector import SLOW_S
+from tests.matrix.turns import SLOW_S
 
 try:
     from vllm.utils.hashing import sha256

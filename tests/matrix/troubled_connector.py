@@ -16,10 +16,7 @@ from flexkv_core.errors import TransferError
 from flexkv_core.transfer.plan import TransferOp
 from flexkv_kernels.copier import CpuCopier
 from flexkv_vllm.connector import FlexKVConnector
-
-NOTHING_COMES, MIDDLE_IS_MISSING, SLOW, WELL = range(4)
-"""The turns, a load each; later loads go well."""
-SLOW_S = 1.0
+from tests.matrix.turns import MIDDLE_IS_MISSING, NOTHING_COMES, SLOW, SLOW_S, WELL
 
 _scatter = CpuCopier.scatter
 _turns = itertools.chain((NOTHING_COMES, MIDDLE_IS_MISSING, SLOW), itertools.repeat(WELL))
