@@ -28,7 +28,7 @@ from flexkv_core.verify import HitSampler
 from flexkv_vllm.admission import LoadAdmission
 from flexkv_vllm.compat.hybrid import block_tables
 from flexkv_vllm.compat.preemptions import preempted_ids, resumed_ids
-from flexkv_vllm.compat.request import is_cacheable, namespace_of, salts_of, token_list
+from flexkv_vllm.compat.request import is_cacheable, loadable_tokens, namespace_of, salts_of, token_list
 from flexkv_vllm.compat.settings import data_parallel_index
 from flexkv_vllm.drafts import unsettled_tokens, withheld_blocks
 from flexkv_vllm.events import EventLog, publishes_events
@@ -343,9 +343,8 @@ class SchedulerSide:
         return self._prefetcher is not None and self._prefetcher.is_reading(request_id)
 
     def _prompt_keys(self, state: _RequestState) -> bytes:
-        """Keys of the blocks that a load may bring. One token is left to compute, as with the engine's own hits: its logits are what
-        the request wants."""
-        limit = (state.request.num_tokens - 1) // self._block_tokens
+        """Keys of the blocks that a load may bring."""
+        limit = loadable_tokens(state.request) // self._block_tokens
         state.chain.extend(token_list(state.request), limit * self._block_tokens)
         return state.chain.keys(limit)
 

@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from vllm.v1.core.sched.output import CachedRequestData
+
 from flexkv_core.keys import Salt
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
+
+
+_MANY_AFTER_THE_PROMPT = "resumed_from_preemption" not in CachedRequestData.__annotations__
+"""From 0.11.1 on, which also changed how a step names those that come back."""
 
 
 def token_list(request: Request) -> Sequence[int]:
@@ -22,6 +28,15 @@ def is_cacheable(request: Request) -> bool:
     if getattr(request, "prompt_embeds", None) is not None or getattr(request, "resumable", False):
         return False
     return hasattr(request, "mm_features") or len(request.mm_hashes) == len(request.mm_positions)
+
+
+def loadable_tokens(request: Request) -> int:
+    """Tokens that a load may bring. One is left to compute, as with the engine's own hits: its logits are what the request wants.
+
+    Before 0.11.1 none of those that were generated: there the CPU's attention takes a request whose prompt is computed for one with a
+    single token to compute, and one that comes back from a preemption may have more.
+    """
+    return (request.num_tokens if _MANY_AFTER_THE_PROMPT else request.num_prompt_tokens) - 1
 
 
 def namespace_of(request: Request) -> tuple[str, ...]:
