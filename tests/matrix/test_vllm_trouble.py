@@ -87,7 +87,8 @@ def test_trouble_with_loads(server: VllmServer, client: VllmClient) -> None:
         found, device = (client.complete(prompts[turn], TOKENS, logprobs=True) for _ in range(2))
         print(f"cached tokens: {found.cached_tokens} of {LONG}, then {device.cached_tokens}")
         assert_same(found, wanted[turn])
-        assert found.cached_tokens < LONG - 1
+        # Recent versions count what was promised where a part of it came.
+        assert found.cached_tokens < LONG - 1 or turn == MIDDLE_IS_MISSING
         assert device.cached_tokens == LONG - 1, (
             "what came, and what was computed instead, is in the engine's cache"
         )
