@@ -10,7 +10,7 @@ from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStor
 
 from flexkv_core.cache import ROOT, EventKind, TierEvent
 from flexkv_core.types import KEY_BYTES, Tier
-from flexkv_vllm.compat.kv_events import MEDIUM_CPU, MEDIUM_STORAGE, block_stored
+from flexkv_vllm.compat.kv_events import MEDIUM_CPU, MEDIUM_STORAGE, NAME_MEDIA, block_stored
 from flexkv_vllm.compat.request import token_list
 
 if TYPE_CHECKING:
@@ -23,9 +23,9 @@ _MEDIA = {Tier.HOST: MEDIUM_CPU, Tier.SSD: MEDIUM_STORAGE}
 
 
 def publishes_events(vllm_config: VllmConfig) -> bool:
-    """Whether the engine was told to publish KV events."""
+    """Whether the engine was told to publish KV events, and ours can be told from its own."""
     events = vllm_config.kv_events_config
-    return events is not None and events.enable_kv_cache_events
+    return NAME_MEDIA and events is not None and events.enable_kv_cache_events
 
 
 class EventLog:

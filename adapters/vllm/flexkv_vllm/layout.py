@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, MLAAttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from flexkv_core.config import FlexKVConfig
 from flexkv_core.errors import ConfigError, LayoutError
@@ -19,6 +19,7 @@ from flexkv_core.quantised import check_quantisable, quantised_layout
 from flexkv_core.verify import TOLERANCES
 from flexkv_core.weights import weights_identity
 from flexkv_kernels.segments import pieces_of
+from flexkv_vllm.compat import specs
 from flexkv_vllm.compat.hybrid import takes_groups
 from flexkv_vllm.drafts import check_drafter, drafter_identity
 from flexkv_vllm.groups import Groups
@@ -27,8 +28,6 @@ from flexkv_vllm.ranks import Ranks
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
-
-SUPPORTED_SPECS = (FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec)
 
 
 def check_engine(vllm_config: VllmConfig, config: FlexKVConfig) -> None:
@@ -76,10 +75,10 @@ def check_supported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, con
     check_engine(vllm_config, config)
     groups = Groups.of(kv_cache_config, config.tokens_per_block)
     for name, spec in _layer_specs(kv_cache_config):
-        if type(spec) not in SUPPORTED_SPECS:
+        if type(spec) not in specs.SUPPORTED:
             raise ConfigError(
                 f"FlexKV: layer {name} keeps its KV as {type(spec).__name__}, which is not supported; supported are"
-                f" {', '.join(sorted(kind.__name__ for kind in SUPPORTED_SPECS))}"
+                f" {', '.join(sorted(kind.__name__ for kind in specs.SUPPORTED))}"
             )
     transfer = vllm_config.kv_transfer_config
     assert transfer is not None

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from vllm.distributed.utils import get_pp_indices
-from vllm.v1.kv_cache_interface import KVCacheSpec, MLAAttentionSpec
+from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from flexkv_core.errors import LayoutError
 from flexkv_core.layout import DeviceSegments
+from flexkv_vllm.compat.specs import is_latent
 from flexkv_vllm.drafts import keeps_latent_kv
 
 if TYPE_CHECKING:
@@ -49,9 +50,7 @@ class Ranks:
             total = vllm_config.model_config.get_total_num_hidden_layers()
             bounds = [get_pp_indices(total, stage, stages) for stage in range(stages)]
             layers = tuple(stop - start for start, stop in bounds)
-        is_replicated = all(isinstance(spec, MLAAttentionSpec) for spec in specs) and keeps_latent_kv(
-            vllm_config
-        )
+        is_replicated = all(is_latent(spec) for spec in specs) and keeps_latent_kv(vllm_config)
         return cls(parallel.tensor_parallel_size, layers, is_replicated)
 
     @property

@@ -25,8 +25,10 @@ from flexkv_core.tasks import KVResponseStatus, Purpose, TaskDone, prefix_length
 from flexkv_core.transfer.plan import Delivery, TransferOp
 from flexkv_core.types import KEY_BYTES, BlockIds, Direction
 from flexkv_core.verify import HitSampler
+from flexkv_vllm.admission import LoadAdmission
 from flexkv_vllm.compat.hybrid import block_tables
-from flexkv_vllm.compat.request import is_cacheable, namespace_of, salts_of, token_list
+from flexkv_vllm.compat.preemptions import preempted_ids, resumed_ids
+from flexkv_vllm.compat.request import is_cacheable, loadable_tokens, namespace_of, salts_of, token_list
 from flexkv_vllm.compat.settings import data_parallel_index
 from flexkv_vllm.drafts import unsettled_tokens, withheld_blocks
 from flexkv_vllm.events import EventLog, publishes_events
@@ -114,6 +116,7 @@ class SchedulerSide:
             layout.tokens_per_block, enabled=config.events and publishes_events(vllm_config)
         )
         self._in_step = InStepPolicy(vllm_config, config)
+        self._admission = LoadAdmission(vllm_config, kv_cache_config)
         self._loads_in_step: set[str] = set()  # since the last step
         self._stores_in_step = InStepStorePolicy(vllm_config, config)
         self._sampler = HitSampler(config.verify_sample)
@@ -170,8 +173,11 @@ class SchedulerSide:
     def matched_tokens(self, request: Request, local_tokens: int) -> tuple[int | None, bool]:
         """Tokens that a load would add to the ``local_tokens`` that the device holds. Pins nothing; may be called every step.
 
-        None: ask again in the next step, the request's blocks are on their way from a lower tier to host memory.
+        None: ask again in the next step; the request's blocks are on their way from a lower tier to host memory, or others that hold
+        blocks of the device must run first.
         """
+        if not self._admission.may_enter(request):
+            return None, False
         state = self._state(request)
         if state is None or not self._may_load or state.load_failed:
             return 0, False
@@ -184,6 +190,9 @@ class SchedulerSide:
         if gain < max(1, self._config.load_tokens_min):
             state.hit_blocks = 0
             return 0, False
+        if not self._admission.admits(request, state.hit_blocks * self._block_tokens):
+            state.hit_blocks = 0
+            return None, False
         if self._is_sampled(state):
             state.check = _Check(local_tokens // self._block_tokens, state.hit_blocks)
             state.hit_blocks = 0
@@ -199,6 +208,7 @@ class SchedulerSide:
         if state is None or not external_tokens:
             return
         state.device_blocks = [list(table) for table in blocks.get_block_ids()]
+        self._admission.holds(request.request_id, len(state.device_blocks[0]))
         start = state.local_tokens // self._block_tokens
         wanted = self._groups.blocks(of_lists(state.device_blocks), start, state.hit_blocks)
         self._given.update(wanted.tolist())
@@ -234,6 +244,7 @@ class SchedulerSide:
         self._take_ended()
         wait_before = self._take_back_preempted(output) | self._stores_that_lose(output)
         self._follow_blocks(output)
+        self._admission.ran(output.num_scheduled_tokens)
         for request_id, scheduled in output.num_scheduled_tokens.items():
             state = self._requests.get(request_id)
             if state is not None:
@@ -271,6 +282,7 @@ class SchedulerSide:
         a group."""
         self._take_ended()
         self._in_step.left(request.request_id)
+        self._admission.left(request.request_id)
         if self._prefetcher is not None:
             self._prefetcher.remove(request.request_id)
         if self._fetches is not None:
@@ -331,9 +343,8 @@ class SchedulerSide:
         return self._prefetcher is not None and self._prefetcher.is_reading(request_id)
 
     def _prompt_keys(self, state: _RequestState) -> bytes:
-        """Keys of the blocks that a load may bring. One token is left to compute, as with the engine's own hits: its logits are what
-        the request wants."""
-        limit = (state.request.num_tokens - 1) // self._block_tokens
+        """Keys of the blocks that a load may bring."""
+        limit = loadable_tokens(state.request) // self._block_tokens
         state.chain.extend(token_list(state.request), limit * self._block_tokens)
         return state.chain.keys(limit)
 
@@ -344,7 +355,7 @@ class SchedulerSide:
     def _take_back_preempted(self, output: SchedulerOutput) -> frozenset[int]:
         """Stores of requests that were preempted: their blocks may be overwritten by this very step."""
         pending: set[int] = set()
-        for request_id in output.preempted_req_ids or ():
+        for request_id in preempted_ids(output, (state.request for state in self._requests.values())):
             state = self._requests.get(request_id)
             if state is not None:
                 pending.update(state.stores)
@@ -369,11 +380,12 @@ class SchedulerSide:
             if state is not None:
                 state.device_blocks = [list(group) for group in new.block_ids]
         cached = output.scheduled_cached_reqs
+        resumed = resumed_ids(cached)
         for request_id, block_ids in zip(cached.req_ids, cached.new_block_ids, strict=True):
             state = self._requests.get(request_id)
             if state is None or block_ids is None:
                 continue
-            if request_id in cached.resumed_req_ids:
+            if request_id in resumed:
                 state.device_blocks = [list(group) for group in block_ids]
                 continue
             for table, new_blocks in zip(state.device_blocks, block_ids, strict=True):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
-
 from flexkv_core.metrics import COUNTER_WORDS, GAUGE_WORDS, Counters
+from flexkv_vllm.compat.worker_stats import KVConnectorPromMetrics, KVConnectorStats
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

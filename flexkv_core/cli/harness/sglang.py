@@ -63,10 +63,12 @@ class SglangClient(VllmClient):
         ignore_eos: bool = False,
         request_id: str | None = None,
         extra_key: str | None = None,
+        dp_rank: int | None = None,
     ) -> Completion:
         """A greedy completion of token ids, streamed. Raises httpx.HTTPStatusError when the server refuses it.
 
-        SGLang before 0.5.18 knows no ``cache_salt`` here; its ``extra_key`` separates as well.
+        SGLang before 0.5.18 knows no ``cache_salt`` here; its ``extra_key`` separates as well. ``dp_rank``: of the server's
+        data-parallel engines the one that answers; None leaves the choice to the server.
         """
         body: dict[str, Any] = {
             "input_ids": list(prompt),
@@ -80,6 +82,8 @@ class SglangClient(VllmClient):
             body["extra_key"] = extra_key
         if request_id is not None:
             body["rid"] = request_id
+        if dp_rank is not None:
+            body["routed_dp_rank"] = dp_rank
         return self._generate(body)
 
     def reset_prefix_cache(self, external: bool = False) -> None:

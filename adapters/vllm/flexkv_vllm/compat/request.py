@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from vllm.v1.core.sched.output import CachedRequestData
+
 from flexkv_core.keys import Salt
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
+
+
+_MANY_AFTER_THE_PROMPT = "resumed_from_preemption" not in CachedRequestData.__annotations__
+"""From 0.11.1 on, which also changed how a step names those that come back."""
 
 
 def token_list(request: Request) -> Sequence[int]:
@@ -17,8 +23,20 @@ def token_list(request: Request) -> Sequence[int]:
 
 
 def is_cacheable(request: Request) -> bool:
-    """Whether tokens and salts tell the request's KV: not with prompt embeddings, nor where input may still be replaced."""
-    return getattr(request, "prompt_embeds", None) is None and not getattr(request, "resumable", False)
+    """Whether tokens and salts tell the request's KV: not with prompt embeddings, nor where input may still be replaced, nor with
+    multimodal inputs of unknown content, which 0.10.1 may have."""
+    if getattr(request, "prompt_embeds", None) is not None or getattr(request, "resumable", False):
+        return False
+    return hasattr(request, "mm_features") or len(request.mm_hashes) == len(request.mm_positions)
+
+
+def loadable_tokens(request: Request) -> int:
+    """Tokens that a load may bring. One is left to compute, as with the engine's own hits: its logits are what the request wants.
+
+    Before 0.11.1 none of those that were generated: there the CPU's attention takes a request whose prompt is computed for one with a
+    single token to compute, and one that comes back from a preemption may have more.
+    """
+    return (request.num_tokens if _MANY_AFTER_THE_PROMPT else request.num_prompt_tokens) - 1
 
 
 def namespace_of(request: Request) -> tuple[str, ...]:
@@ -33,7 +51,10 @@ def namespace_of(request: Request) -> tuple[str, ...]:
 
 
 def salts_of(request: Request) -> list[Salt]:
-    """The request's multimodal inputs by content and place."""
+    """The request's multimodal inputs by content and place; 0.10.1 keeps these apart."""
+    if not hasattr(request, "mm_features"):
+        inputs = zip(request.mm_positions, request.mm_hashes, request.mm_kwargs, strict=True)
+        return [Salt(position.offset, f"{item.modality}:{content}") for position, content, item in inputs]
     return [
         Salt(feature.mm_position.offset, f"{feature.modality}:{feature.identifier}")
         for feature in request.mm_features or ()
