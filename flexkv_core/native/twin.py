@@ -422,11 +422,12 @@ _MATCH = struct.Struct("<IHHQIIB")
 
 def ask_match(fd: int, memory: Buffer, keys: Buffer, kind: int, number: int, timeout_s: float, /) -> int:
     """See ``_native.pyi``."""
-    given, room = len(memoryview(keys)), memoryview(memory)
-    if given > len(room):
-        raise ValueError(f"{given} bytes of keys do not go into {len(room)}")
-    room[:given] = keys
-    os.write(fd, _MATCH.pack(_MATCH.size - 16, kind, 0, number, given, 0, 0))
+    with memoryview(memory) as room, memoryview(keys) as given:  # an error below must not keep hold of them
+        if len(given) > len(room):
+            raise ValueError(f"{len(given)} bytes of keys do not go into {len(room)}")
+        room[: len(given)] = given
+        size = len(given)
+    os.write(fd, _MATCH.pack(_MATCH.size - 16, kind, 0, number, size, 0, 0))
     return -1
 
 

@@ -25,7 +25,7 @@ class LoadAdmission:
     def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
         self._is_needed = not RESERVES_BLOCKS
         self._block_tokens: int = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
-        self._tokens_max: int = vllm_config.model_config.max_model_len
+        self._model_config = vllm_config.model_config
         speculative = vllm_config.speculative_config
         self._draft_tokens: int = 0 if speculative is None else speculative.num_speculative_tokens or 0
         self._room = kv_cache_config.num_blocks - 1  # vLLM keeps block 0 for itself
@@ -76,5 +76,5 @@ class LoadAdmission:
 
     def _blocks_of(self, request: Request) -> int:
         """With a block more than its tokens, for what vLLM looks ahead."""
-        tokens = min(request.num_prompt_tokens + (request.max_tokens or 0), self._tokens_max)
+        tokens = min(request.num_prompt_tokens + (request.max_tokens or 0), self._model_config.max_model_len)
         return -(-(tokens + self._draft_tokens) // self._block_tokens) + 1
