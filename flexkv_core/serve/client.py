@@ -192,7 +192,7 @@ class SharedBlocks:
 
     def match_keys(self, keys: bytes) -> int:
         """Blocks of the longest cached prefix of ``keys``; pins nothing, changes nothing."""
-        link = self._link if self._fresh is None else self._usable_link()
+        link = self._link if self._fresh is None else self._usable_link()  # one that is broken has no answer
         found = link.match(keys, self._deadline_s) if link is not None else None
         return min(found or 0, len(keys) // KEY_BYTES)
 

@@ -121,9 +121,7 @@ class Link:
                 return None
             self._number += 1
             self._awaited = kind
-            keys = keys[:ARENA_BYTES]
-            self._arena.memory[: len(keys)] = keys
-            self._calls.send(frame(kind, self._number, pack_asked(len(keys), start_block, purpose)))
+            self._ask(kind, keys[:ARENA_BYTES], start_block, purpose)
             answer = self._wait_or_suspend(deadline, deadline_s)
             return None if answer is None else unpack(answer)
         except (OSError, FlexKVError) as error:
@@ -138,17 +136,20 @@ class Link:
         if not self._lock.acquire(timeout=deadline_s):
             return None
         try:
-            if self.is_broken or self._awaited is not None or self._calls.is_blocked:
-                return self.call(Kind.MATCH, keys, deadline_s, unpack_count)
+            if (self._awaited is not None or self.is_broken) and not self._is_usable():
+                return None
             self._number += 1
             self._awaited = Kind.MATCH
             memory, keys = self._arena.memory, keys[:ARENA_BYTES]
-            timeout_s = max(0.0, deadline - time.monotonic())
-            try:
-                found = ask_match(self._fd, memory, keys, Kind.MATCH, self._number, timeout_s)
-            except BlockingIOError:
-                self._calls.send(frame(Kind.MATCH, self._number, pack_asked(len(keys), 0, Purpose.GET)))
-                found = -1
+            found = -1
+            if self._calls.is_blocked:
+                self._ask(Kind.MATCH, keys)
+            else:
+                timeout_s = max(0.0, deadline - time.monotonic())
+                try:
+                    found = ask_match(self._fd, memory, keys, Kind.MATCH, self._number, timeout_s)
+                except BlockingIOError:
+                    self._ask(Kind.MATCH, keys)
             if found < 0:
                 answer = self._wait_or_suspend(deadline, deadline_s)
                 return None if answer is None else unpack_count(answer)
@@ -192,6 +193,11 @@ class Link:
         if time.monotonic() - self._suspended_at > SUSPENDED_MAX_S:
             raise WireError(f"no answer for {SUSPENDED_MAX_S:.0f} s")
         return False
+
+    def _ask(self, kind: Kind, keys: bytes, start_block: int = 0, purpose: Purpose = Purpose.GET) -> None:
+        """Send a question; it waits where the server does not read."""
+        self._arena.memory[: len(keys)] = keys
+        self._calls.send(frame(kind, self._number, pack_asked(len(keys), start_block, purpose)))
 
     def _wait_or_suspend(self, deadline: float, deadline_s: float) -> memoryview | None:
         """:meth:`_wait`; what begins when nothing comes is said with the seconds that were waited."""

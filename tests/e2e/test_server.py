@@ -33,7 +33,7 @@ ONE_LINE = ("--kv-transfer-config", SABOTAGED if IS_SABOTAGED else KV_TRANSFER_C
 EXTERNAL_HITS = "vllm:external_prefix_cache_hits_total"
 SEGMENT_NAME = "flexkv-host-tier"
 BY_LAYERS = {"FLEXKV_LAYERWISE_STORE_BYTES_MIN": "1"}
-"""Every store is copied layer by layer."""
+"""Every store is planned layer by layer, and so copied where a rank has more than one layer (`test_layerwise.py` sees it happen)."""
 
 
 def _server(model: Path, folder: Path, *arguments: str, **environment: str) -> VllmServer:
@@ -181,8 +181,7 @@ def test_tensor_parallel_and_sigkill(llama: Path, tmp_path: Path) -> None:
 
 @pytest.mark.hit
 def test_uneven_pipeline_and_the_death_of_a_rank(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
-    """Stages of three layers and one, each of which stores its own layer by layer. A worker that dies takes the engine with it, as without
-    FlexKV, and no host memory is left."""
+    """Stages of three layers and one. A worker that dies takes the engine with it, as without FlexKV, and no host memory is left."""
     cpus = sorted(os.sched_getaffinity(0))
     stages = (
         *("--pipeline-parallel-size", "2"),
@@ -208,6 +207,7 @@ def test_uneven_pipeline_and_the_death_of_a_rank(tiny_model: Callable[[str], Pat
     with server:
         with VllmClient(server.base_url) as client:
             _assert_equal_hits(*_hits(client, prompt_tokens(1400, 1501)))
+            assert client.metrics().total("vllm:flexkv_layerwise_stores_total") > 0
         segments = _segments_of_group(server.pid)
         assert segments
         os.kill(_worker_of(server.pid), signal.SIGKILL)
