@@ -45,7 +45,7 @@ from flexkv_core.transfer.child import SWITCH_S
 MIB = 1 << 20
 BATCH = 16
 LAYOUT = KVLayout(16, 16, MIB)
-ROUNDS, QUICK_ROUNDS = 15, 2
+ROUNDS, QUICK_ROUNDS = 25, 2
 LEASE_MS = 5000  # Mooncake's own
 SEGMENT_BYTES = 1024 * MIB  # all rounds of both sides have room
 DEADLINE_S = 60.0
