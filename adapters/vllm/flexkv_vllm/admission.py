@@ -4,6 +4,9 @@ A request that was loaded waits for the blocks of its other tokens, and while it
 are preempted. When such requests hold so much that neither the first of the queue nor any of them fits, nothing ever runs again. So there
 must always be room for the rest of whichever of them comes next, and whoever takes blocks anew must fit beside all that they hold, to its
 very last token. Otherwise it is asked again in the next step, when some of them have run.
+
+Blocks are counted over all KV cache groups, which take them from one pool. A sliding window gives back what has left it; it is counted
+as if it kept everything, which makes loads wait a little longer than they must.
 """
 
 from __future__ import annotations
@@ -24,7 +27,9 @@ class LoadAdmission:
 
     def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
         self._is_needed = not RESERVES_BLOCKS
-        self._block_tokens: int = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+        self._blocks_tokens: list[int] = [
+            group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups
+        ]
         self._model_config = vllm_config.model_config
         speculative = vllm_config.speculative_config
         self._draft_tokens: int = 0 if speculative is None else speculative.num_speculative_tokens or 0
@@ -54,12 +59,13 @@ class LoadAdmission:
             return False
         if not self._held:
             return True
-        held = {**self._held, request.request_id: tokens // self._block_tokens}
+        loaded = sum(tokens // size for size in self._blocks_tokens)
+        held = {**self._held, request.request_id: loaded}
         missing = max(self._needed[name] - blocks for name, blocks in held.items())
         return sum(held.values()) + missing <= self._room
 
     def holds(self, request_id: str, blocks: int) -> None:
-        """The load was given its blocks."""
+        """The load was given its blocks, so many of all groups together."""
         if self._is_needed:
             self._held[request_id] = blocks
 
@@ -75,6 +81,6 @@ class LoadAdmission:
         self._refused.discard(request_id)
 
     def _blocks_of(self, request: Request) -> int:
-        """With a block more than its tokens, for what vLLM looks ahead."""
+        """Of all groups, in each with a block more than its tokens, for what vLLM looks ahead."""
         tokens = min(request.num_prompt_tokens + (request.max_tokens or 0), self._model_config.max_model_len)
-        return -(-(tokens + self._draft_tokens) // self._block_tokens) + 1
+        return sum(-(-(tokens + self._draft_tokens) // size) + 1 for size in self._blocks_tokens)

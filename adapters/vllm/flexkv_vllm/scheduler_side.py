@@ -208,7 +208,7 @@ class SchedulerSide:
         if state is None or not external_tokens:
             return
         state.device_blocks = [list(table) for table in blocks.get_block_ids()]
-        self._admission.holds(request.request_id, len(state.device_blocks[0]))
+        self._admission.holds(request.request_id, sum(map(len, state.device_blocks)))
         start = state.local_tokens // self._block_tokens
         wanted = self._groups.blocks(of_lists(state.device_blocks), start, state.hit_blocks)
         self._given.update(wanted.tolist())

@@ -13,10 +13,12 @@ from flexkv_vllm.admission import LoadAdmission
 BLOCK_TOKENS = 16
 
 
-def admission_of(monkeypatch: pytest.MonkeyPatch, blocks: int, reserves: bool = False) -> LoadAdmission:
+def admission_of(
+    monkeypatch: pytest.MonkeyPatch, blocks: int, reserves: bool = False, groups: int = 1
+) -> LoadAdmission:
     monkeypatch.setattr(admission, "RESERVES_BLOCKS", reserves)
-    spec = SimpleNamespace(block_size=BLOCK_TOKENS)
-    cache: Any = SimpleNamespace(num_blocks=blocks + 1, kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec)])
+    group = SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=BLOCK_TOKENS))
+    cache: Any = SimpleNamespace(num_blocks=blocks + 1, kv_cache_groups=[group] * groups)
     config: Any = SimpleNamespace(model_config=SimpleNamespace(max_model_len=1024), speculative_config=None)
     return LoadAdmission(config, cache)
 
@@ -62,6 +64,20 @@ def test_a_load_leaves_room_for_the_rest_of_each(monkeypatch: pytest.MonkeyPatch
     assert loads.admits(short, 4 * BLOCK_TOKENS)
     loads.left("long")
     assert loads.admits(short, 5 * BLOCK_TOKENS)
+
+
+def test_blocks_of_all_groups_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The requests of the test above, with a second group that takes as many blocks again."""
+    loads = admission_of(monkeypatch, 40, groups=2)
+    long, short = request("long", 16), request("short", 5)
+    assert loads.may_enter(long)
+    assert loads.admits(long, 4 * BLOCK_TOKENS)
+    loads.holds("long", 8)
+    assert not loads.may_enter(request("whole", 17)), "8 are held, and it needs 34"
+    loads.left("whole")
+    assert loads.may_enter(short)
+    assert not loads.admits(short, 5 * BLOCK_TOKENS), "18 held, and the long one lacks 24"
+    assert loads.admits(short, 4 * BLOCK_TOKENS)
 
 
 def test_asked_again_is_without_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
