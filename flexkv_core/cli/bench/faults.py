@@ -1,8 +1,9 @@
 """What a bad store costs an engine: two real vLLM servers with FlexKV, one of them with a remote tier, asked in turns.
 
-The store is a real one behind a proxy, which is dead, answers nothing, or delays each answer; the servers stay the same, so that each fault
-finds the engine as the last one left it. Prompts are new each time: each is looked up in the store, computed, and would be written.
-As in ``overhead``, both compute on the same cores, and one idles while the other answers.
+The store is a real one behind a proxy, which is dead, answers nothing, or delays each answer. Each fault strikes a store that has worked
+until then, and servers of its own: a circuit breaker that one fault has opened would hide the next. Prompts are new each time: each is looked
+up in the store, computed, and would be written. As in ``overhead``, both compute on the same cores, one idles while the other answers, and
+both are started more than once, in alternating order.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import random
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -32,30 +34,45 @@ LAYERS = 10
 more than twenty minutes on a processor without AVX-512. The shorter a request, the more of it a delay is."""
 SLOW_S = 0.05
 """Of each answer: more than 100 times what this store takes on loopback (0.3 ms)."""
+STARTS = 2
 FAULTS = {"dead": Fault.DEAD, "black_hole": Fault.BLACK_HOLE, "slow": Fault.SLOW}
+_COUNTERS = ("lookups", "late_lookups", "failures", "breaker_openings", "written_blocks")
 _WARM_UP_REQUESTS = 6
 _SEED = 77
 _TOKEN_IDS = range(100, 40_000)
 
 
 def run(quick: bool = False) -> dict[str, float | bool]:
-    """For each fault ``throughput_ratio_<fault>`` (requests a second with the bad store / without a remote tier) and
-    ``ttft_ratio_<fault>`` (median time to first token without / with); then what FlexKV counted. About twelve minutes."""
+    """For each fault ``throughput_ratio_<fault>`` (requests a second with the bad store / without a remote tier),
+    ``ttft_ratio_<fault>`` (median time to first token without / with), and what FlexKV counted. About twenty minutes."""
+    starts = 1 if quick else STARTS
     requests = QUICK_REQUESTS if quick else REQUESTS
     rng = random.Random(_SEED)
     results: dict[str, float | bool] = {}
-    with _servers() as (proxy, with_store, without):
-        for name, fault in {"warm_up": Fault.NONE, **FAULTS}.items():
-            proxy.fault, proxy.delay_s = fault, SLOW_S
-            count = _WARM_UP_REQUESTS if fault is Fault.NONE else requests
-            bad, good = _in_turns(with_store, without, count, rng)
-            if fault is not Fault.NONE:
-                results |= _figures(name, bad, good)
-        counted = with_store.metrics()
-        for counter in ("lookups", "late_lookups", "failures", "breaker_openings", "written_blocks"):
-            results[f"remote_{counter}"] = counted.total(f"vllm:flexkv_remote_{counter}_total")
-        results["requests"] = requests
+    for name, fault in FAULTS.items():
+        bad: list[Completion] = []
+        good: list[Completion] = []
+        counted = Counter[str]()
+        for start in range(starts):
+            with _servers(store_first=start % 2 == 0) as (proxy, with_store, without):
+                _in_turns(with_store, without, _WARM_UP_REQUESTS, rng)
+                before = _remote_counters(with_store)
+                proxy.fault, proxy.delay_s = fault, SLOW_S
+                answers = _in_turns(with_store, without, requests // starts, rng)
+                bad += answers[0]
+                good += answers[1]
+                counted.update(_remote_counters(with_store))
+                counted.subtract(before)
+        results |= _figures(name, bad, good)
+        results |= {f"{counter}_{name}": count for counter, count in counted.items()}
+    results["requests"] = requests
+    results["starts"] = starts
     return results
+
+
+def _remote_counters(client: VllmClient) -> dict[str, int]:
+    metrics = client.metrics()
+    return {name: int(metrics.total(f"vllm:flexkv_remote_{name}_total")) for name in _COUNTERS}
 
 
 def _figures(name: str, bad: list[Completion], good: list[Completion]) -> dict[str, float | bool]:
@@ -90,7 +107,7 @@ def _in_turns(
 
 
 @contextmanager
-def _servers() -> Iterator[tuple[Proxy, VllmClient, VllmClient]]:
+def _servers(store_first: bool) -> Iterator[tuple[Proxy, VllmClient, VllmClient]]:
     """The proxy in front of the store, a client of the server that has it, and one of the server without."""
     model = ensure_demo_model()
     fewer = ["--load-format", "dummy", "--hf-overrides", json.dumps({"num_hidden_layers": LAYERS})]
@@ -99,11 +116,12 @@ def _servers() -> Iterator[tuple[Proxy, VllmClient, VllmClient]]:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flexkv-faults-")))
         proxy = stack.enter_context(proxy_to(stack.enter_context(redis_server())))
-        clients = []
-        for name, remote in (
-            ("with", {"remote_url": f"valkey://127.0.0.1:{proxy.port}", "remote_read_tokens_min": 64}),
-            ("without", {}),
-        ):
+        clients = {}
+        sides = {
+            "with": {"remote_url": f"valkey://127.0.0.1:{proxy.port}", "remote_read_tokens_min": 64},
+            "without": {},
+        }
+        for name, remote in sides.items() if store_first else reversed(sides.items()):
             transfer = {
                 "kv_connector": "FlexKVConnector",
                 "kv_role": "kv_both",
@@ -112,5 +130,5 @@ def _servers() -> Iterator[tuple[Proxy, VllmClient, VllmClient]]:
             more = ["--kv-transfer-config", json.dumps(transfer)]
             server = VllmServer(model, [*arguments, *more], environment, folder / f"{name}.log")
             stack.enter_context(server)
-            clients.append(stack.enter_context(VllmClient(server.base_url)))
-        yield proxy, clients[0], clients[1]
+            clients[name] = stack.enter_context(VllmClient(server.base_url))
+        yield proxy, clients["with"], clients["without"]

@@ -17,7 +17,7 @@ class Fault(Enum):
 
     NONE = "none"
     BLACK_HOLE = "black hole"  # connections are taken, nothing comes back
-    DEAD = "dead"  # connections end at once
+    DEAD = "dead"  # connections end at once, open ones with the next piece that comes
     SLOW = "slow"  # each piece waits
     DRIP = "drip"  # a few bytes a second
     TRUNCATE = "truncate"  # the connection ends in the middle of a body
@@ -71,6 +71,8 @@ class Proxy:
     ) -> None:
         while data := await client.read(CHUNK_BYTES):
             self.requests += 1
+            if self.fault is Fault.DEAD:
+                raise ConnectionError
             if self.fault in _HTTP:
                 if b" HTTP/1.1\r\n" in data:
                     to_client.write(_http_error(self.fault))
