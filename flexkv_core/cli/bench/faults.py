@@ -3,7 +3,7 @@
 The store is a real one behind a proxy, which is dead, answers nothing, or delays each answer. Each fault strikes a store that has worked
 until then, and servers of its own: a circuit breaker that one fault has opened would hide the next. Prompts are new each time: each is looked
 up in the store, computed, and would be written. As in ``overhead``, both compute on the same cores, one idles while the other answers, and
-both are started more than once, in alternating order.
+both are started more than once, in alternating order. Store and proxy stand for another machine: they have the least weight.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from pathlib import Path
 from flexkv_core.cli.bench.overhead import compute_cpus, compute_dtype
 from flexkv_core.cli.harness.checkpoint import ensure_demo_model
 from flexkv_core.cli.harness.client import Completion, VllmClient
-from flexkv_core.cli.harness.proxy import Fault, Proxy, proxy_to
+from flexkv_core.cli.harness.proxy import Fault
+from flexkv_core.cli.harness.proxy_process import LEAST_WEIGHT, ProxyProcess, proxy_process
 from flexkv_core.cli.harness.server import CPU_ARGUMENTS, CPU_ENVIRONMENT, TURN_PAUSE_S, VllmServer
 from flexkv_core.cli.harness.stores import redis_server
 
@@ -57,7 +58,7 @@ def run(quick: bool = False) -> dict[str, float | bool]:
             with _servers(store_first=start % 2 == 0) as (proxy, with_store, without):
                 _in_turns(with_store, without, _WARM_UP_REQUESTS, rng)
                 before = _remote_counters(with_store)
-                proxy.fault, proxy.delay_s = fault, SLOW_S
+                proxy.set(fault, SLOW_S)
                 answers = _in_turns(with_store, without, requests // starts, rng)
                 bad += answers[0]
                 good += answers[1]
@@ -107,7 +108,7 @@ def _in_turns(
 
 
 @contextmanager
-def _servers(store_first: bool) -> Iterator[tuple[Proxy, VllmClient, VllmClient]]:
+def _servers(store_first: bool) -> Iterator[tuple[ProxyProcess, VllmClient, VllmClient]]:
     """The proxy in front of the store, a client of the server that has it, and one of the server without."""
     model = ensure_demo_model()
     fewer = ["--load-format", "dummy", "--hf-overrides", json.dumps({"num_hidden_layers": LAYERS})]
@@ -115,7 +116,7 @@ def _servers(store_first: bool) -> Iterator[tuple[Proxy, VllmClient, VllmClient]
     environment = {**CPU_ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": compute_cpus()}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flexkv-faults-")))
-        proxy = stack.enter_context(proxy_to(stack.enter_context(redis_server())))
+        proxy = stack.enter_context(proxy_process(stack.enter_context(redis_server(nice=LEAST_WEIGHT))))
         clients = {}
         sides = {
             "with": {"remote_url": f"valkey://127.0.0.1:{proxy.port}", "remote_read_tokens_min": 64},

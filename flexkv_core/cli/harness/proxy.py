@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
-CHUNK_BYTES = 65536
+PIECE_BYTES = 65536
 
 
 class Fault(Enum):
@@ -41,9 +41,10 @@ _S3_CODES = {
 
 @dataclass
 class Proxy:
-    """Set :attr:`fault` at any time; it holds for what passes from then on. ``delay_s``: of SLOW."""
+    """Set :attr:`fault` at any time; it holds for what passes from then on. ``delay_s``: of SLOW. ``piece_bytes``: passed on at once at most."""
 
     target: int
+    piece_bytes: int = PIECE_BYTES
     port: int = 0
     fault: Fault = Fault.NONE
     delay_s: float = 0.2
@@ -56,7 +57,7 @@ class Proxy:
         if self.fault is Fault.DEAD:
             to_client.close()
             return
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.target)
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.target, limit=self.piece_bytes)
         try:
             await asyncio.gather(self._up(client, writer, to_client), self._down(reader, to_client))
         except (OSError, asyncio.IncompleteReadError):
@@ -69,7 +70,7 @@ class Proxy:
     async def _up(
         self, client: asyncio.StreamReader, writer: asyncio.StreamWriter, to_client: asyncio.StreamWriter
     ) -> None:
-        while data := await client.read(CHUNK_BYTES):
+        while data := await client.read(self.piece_bytes):
             self.requests += 1
             if self.fault is Fault.DEAD:
                 raise ConnectionError
@@ -85,7 +86,7 @@ class Proxy:
         writer.close()
 
     async def _down(self, reader: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
-        while data := await reader.read(CHUNK_BYTES):
+        while data := await reader.read(self.piece_bytes):
             if self.fault is Fault.BLACK_HOLE:
                 await asyncio.sleep(3600)
             if self.fault is Fault.SLOW:
@@ -107,15 +108,15 @@ class Proxy:
 
 
 @contextlib.contextmanager
-def proxy_to(target: int, fault: Fault = Fault.NONE) -> Iterator[Proxy]:
+def proxy_to(target: int, fault: Fault = Fault.NONE, piece_bytes: int = PIECE_BYTES) -> Iterator[Proxy]:
     """A proxy to a server on loopback, with an event loop on a thread of its own."""
-    proxy = Proxy(target, fault=fault)
+    proxy = Proxy(target, piece_bytes, fault=fault)
     loop = asyncio.new_event_loop()
     started = threading.Event()
 
     def run() -> None:
         asyncio.set_event_loop(loop)
-        server = loop.run_until_complete(asyncio.start_server(proxy.serve, "127.0.0.1", 0))
+        server = loop.run_until_complete(asyncio.start_server(proxy.serve, "127.0.0.1", 0, limit=piece_bytes))
         proxy.port = server.sockets[0].getsockname()[1]
         started.set()
         loop.run_forever()

@@ -40,11 +40,13 @@ def s3_server(folder: Path, host: str = LOOPBACK) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def redis_server(*options: str, port: int | None = None, host: str = LOOPBACK) -> Iterator[int]:
-    """Redis without persistence and without a password of its own; its port."""
+def redis_server(
+    *options: str, port: int | None = None, host: str = LOOPBACK, nice: int = 0
+) -> Iterator[int]:
+    """Redis without persistence and without a password of its own; its port. ``nice``: added to this process's."""
     port = port or free_port()
     base = ["redis-server", "--port", str(port), "--bind", host, "--save", "", "--appendonly", "no"]
-    with _running([*base, *options], host, port):
+    with _running(["nice", "-n", str(nice), *base, *options], host, port):
         yield port
 
 
