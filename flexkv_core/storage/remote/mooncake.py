@@ -22,6 +22,7 @@ import socket
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
@@ -39,6 +40,7 @@ _OTHER_LENGTH = (
     -600,
     -800,
 )  # longer and shorter than the memory that was given; -800 is also a holder that has died
+_MOVING = ("batch_get_into_multi_buffers", "batch_put_from_multi_buffers")
 _MOVERS_MAX = 8  # calls that move bytes at a time
 _MOVERS_NICE = 10  # a tenth of the weight of the thread that they wait for; enough to be served on a machine that is busy
 _FORCED = True  # removes what somebody reads just now, too: what is removed is wrong
@@ -79,7 +81,7 @@ class MooncakeStore(RemoteStore):
 
     def read(self, names: Sequence[str], values: Sequence[Value], deadline: float) -> Statuses:
         """See the contract."""
-        codes = self._moved("batch_get_into_multi_buffers", names, *_places(values))
+        codes = self._call("batch_get_into_multi_buffers", names, *_places(values))
         if codes is None:
             return statuses_of(len(names), BlockStatus.IO_ERROR)
         sizes = [value.size for value in values]
@@ -87,7 +89,7 @@ class MooncakeStore(RemoteStore):
 
     def write(self, names: Sequence[str], values: Sequence[Value], deadline: float) -> Statuses:
         """See the contract. A value that is there already is left as it is, as Mooncake does: names are of contents."""
-        codes = self._moved("batch_put_from_multi_buffers", names, *_places(values))
+        codes = self._call("batch_put_from_multi_buffers", names, *_places(values))
         if codes is None:
             return statuses_of(len(names), BlockStatus.IO_ERROR)
         failed = [code for code in codes if code < 0]
@@ -105,27 +107,18 @@ class MooncakeStore(RemoteStore):
         if self._client is not None:
             self._client.close()
 
-    def _moved(self, method: str, names: Sequence[str], *more: Any) -> list[int] | None:
-        """As :meth:`_call`, for what moves bytes. Waits as long as it takes: until then the library uses the memory."""
-        if not self._is_connected():  # here: threads that the library starts inherit their weight
-            return None
-        return self._movers.submit(self._call, method, names, *more).result()
-
-    def _is_connected(self) -> bool:
-        try:
-            return self.client is not None
-        except (OSError, StorageError) as error:
-            self._report.failed(error)
-            return False
-
     def _call(self, method: str, names: Sequence[str], *more: Any) -> list[int] | None:
         """What the client answers, a number a name; None when there is no client, or its master is away."""
-        if not self._is_connected():
+        try:
+            client = self.client  # made on this thread: threads that the library starts inherit its weight
+        except (OSError, StorageError) as error:
+            self._report.failed(error)
             return None
-        client = self.client
         if method == "batch_put_from_multi_buffers":
             more = (*more, self._placement)
-        codes = list(getattr(client, method)(list(names), *more))
+        call = partial(getattr(client, method), list(names), *more)
+        # Waits for the bytes as long as it takes: until then the library uses the memory.
+        codes = list(self._movers.submit(call).result() if method in _MOVING else call())
         if codes and all(code == _MASTER_AWAY for code in codes):
             self._report.failed(f"{method}: the master does not answer")
         return codes
