@@ -47,6 +47,7 @@ from flexkv_core.tasks import (
     TaskDone,
     prefix_length,
 )
+from flexkv_core.transfer.cpus import EngineCpus
 from flexkv_core.transfer.engine import TransferEngine
 from flexkv_core.transfer.layers import LayerStatus
 from flexkv_core.transfer.plan import (
@@ -103,6 +104,8 @@ class BlockManager:
         device: a copier of this process's device, or an executor that reaches other processes' devices.
         track_events: collect what comes to each tier and leaves it, for :meth:`take_events`.
         first_task: numbers of tasks begin above it. Where other processes outlive a manager, no later one may use its numbers again.
+        cpus: those of an engine that computes on CPUs: the storage process keeps to what it may use, the remote process to what it leaves.
+            None: both keep to those of the thread that calls :meth:`start`.
 
     Raises:
         ConfigError: ``store_dtype`` and the layout do not agree.
@@ -115,10 +118,12 @@ class BlockManager:
         device: DeviceCopier | Executor,
         track_events: bool = False,
         first_task: int = 0,
+        cpus: EngineCpus | None = None,
     ) -> None:
         self.layout = model_config.layout
         check_store_dtype(cache_config.store_dtype, self.layout)
         self.config = cache_config
+        self._cpus = cpus
         self._identity = {**model_config.identity, "namespace": cache_config.namespace}
         self.root = root_key(model_config, cache_config.namespace)
         self._executor = executor_for(device, cache_config)
@@ -421,6 +426,7 @@ class BlockManager:
             self._new_id,
             self._on_read,
             int(self.config.write_queue_bytes),
+            None if self._cpus is None else self._cpus.allowed,
         )
         ssd.start()
         self._ssd = ssd
@@ -428,7 +434,15 @@ class BlockManager:
     def _open_remote(self, spec: RemoteSpec, host: HostSegment) -> None:
         policy = ThresholdPolicy(self.config)
         self._remote = RemoteLink(
-            spec, self.config, policy, host, self._cache, self._changed, self._new_id, self._write_behind
+            spec,
+            self.config,
+            policy,
+            host,
+            self._cache,
+            self._changed,
+            self._new_id,
+            self._write_behind,
+            None if self._cpus is None else self._cpus.spare,
         )
         self._remote.start()
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -115,6 +115,7 @@ class RemoteLink:
         lock: the manager's.
         new_id: numbers for batches, of the same series as the manager's tasks.
         on_commit: called under the lock when blocks have come to the host tier.
+        cpus: of the remote process; None: of the thread that calls :meth:`start`.
     """
 
     def __init__(
@@ -127,6 +128,7 @@ class RemoteLink:
         lock: threading.Condition,
         new_id: Callable[[], int],
         on_commit: Callable[[], None],
+        cpus: Collection[int] | None = None,
     ) -> None:
         self._config = config
         self._policy = policy
@@ -147,7 +149,12 @@ class RemoteLink:
         self._lookups = self._late_lookups = self._read_blocks = self._late_reads = 0
         self._failures = self._corrupt_blocks = 0
         self._process = RemoteProcess(
-            spec, child_environment(client_environment(spec)), host, self._on_progress, self._on_tick
+            spec,
+            child_environment(client_environment(spec)),
+            host,
+            self._on_progress,
+            self._on_tick,
+            cpus,
         )
         queue_blocks = max(1, int(config.remote_queue_bytes) // host.layout.slot_bytes)
         self._writes = RemoteWrites(self._process, cache, self._presence, new_id, queue_blocks, host.layout)

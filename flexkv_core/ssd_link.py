@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,6 +69,7 @@ class SsdLink:
         lock: the manager's.
         new_id: numbers for writes, of the same series as the manager's tasks.
         on_read: called under the lock when all reads of a task have ended, with their statuses.
+        cpus: of the storage process; None: of the thread that calls :meth:`start`.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class SsdLink:
         new_id: Callable[[], int],
         on_read: Callable[[int, Statuses], None],
         write_queue_bytes: int,
+        cpus: Collection[int] | None = None,
     ) -> None:
         self._cache = cache
         self._host = host
@@ -92,7 +94,7 @@ class SsdLink:
         self._writes: dict[int, _Write] = {}
         self._writing = Backoff(PAUSE_FIRST_S, PAUSE_MAX_S)
         self._filling = Backoff(PAUSE_FIRST_S, PAUSE_MAX_S)
-        self._process = StorageProcess(spec, host, self._on_progress, self._on_corrupt, self._on_tick)
+        self._process = StorageProcess(spec, host, self._on_progress, self._on_corrupt, self._on_tick, cpus)
         self._found_bad: list[Slots] = []
         self.written_blocks = 0
         self.read_blocks = 0

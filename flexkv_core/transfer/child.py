@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -47,7 +47,7 @@ class WorkerSpec:
 
     ``settings``: of the tier, as its spec's ``as_dict`` gives them. ``host``: of the segment, with ``host_slots`` slots. ``table_fd``: memory
     for the SSD catalogue's records, -1 for other tiers. ``status_fd``: a pipe for one line of JSON that says "ready", or which error ended
-    the start.
+    the start. ``cpus``: where the process runs; None: where the thread ran that started it.
     """
 
     settings: dict[str, Any]
@@ -60,6 +60,7 @@ class WorkerSpec:
     status_fd: int
     parent_pid: int
     log_level: int
+    cpus: list[int] | None
 
     def to_json(self) -> bytes:
         """For the process's stdin."""
@@ -109,6 +110,7 @@ def run_child(name: str, serve: Callable[[Child], Callable[[], None]]) -> None:
     spec = WorkerSpec(**json.load(sys.stdin))
     logging.basicConfig(level=spec.log_level, format=f"%(levelname)s {name}[%(process)d] %(message)s")
     sys.setswitchinterval(SWITCH_S)
+    _run_on(spec.cpus)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's; the manager decides when to stop
     try:
         run = serve(Child(spec))
@@ -117,6 +119,16 @@ def run_child(name: str, serve: Callable[[Child], Callable[[], None]]) -> None:
         sys.exit(1)
     _say(spec.status_fd, {"ready": True})
     run()
+
+
+def _run_on(cpus: Collection[int] | None) -> None:
+    """This process's threads: libraries have started some, and all others inherit it."""
+    if cpus is not None:
+        try:
+            for thread in os.listdir("/proc/self/task"):
+                os.sched_setaffinity(int(thread), cpus)
+        except OSError as error:  # they went offline, or the container may not use them any more
+            logger.warning("runs on other CPUs than %s: %s", sorted(cpus), error)
 
 
 def watch(pid: int) -> int | None:

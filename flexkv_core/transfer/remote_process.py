@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from flexkv_core.types import KEY_BYTES, Slots
 class RemoteProcess(Supervised):
     """See the base. It starts beside everything else: nothing waits for it, and a store that cannot be reached is no error.
 
-    ``environment``: of the process. ``epoch``: enters the name of every value; see :func:`~flexkv_core.storage.remote.values.names_of`.
+    ``environment``, ``cpus``: of the process. ``epoch``: enters the name of every value; see :func:`~flexkv_core.storage.remote.values.names_of`.
     """
 
     def __init__(
@@ -29,6 +29,7 @@ class RemoteProcess(Supervised):
         host: HostSegment,
         on_progress: Callable[[Progress], None],
         on_tick: Callable[[], None] = lambda: None,
+        cpus: Collection[int] | None = None,
     ) -> None:
         super().__init__(
             "remote process",
@@ -38,6 +39,7 @@ class RemoteProcess(Supervised):
             on_progress,
             on_tick,
             environment,
+            cpus,
         )
 
     def start(self) -> None:

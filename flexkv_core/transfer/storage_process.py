@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import numpy as np
 
@@ -39,7 +39,7 @@ class StorageProcess(Supervised):
     Args:
         spec: the tier.
         on_corrupt: called on the supervisor's thread with the SSD slots that the scrubber put into quarantine.
-        host, on_progress, on_tick: see the base.
+        host, on_progress, on_tick, cpus: see the base.
     """
 
     def __init__(
@@ -49,9 +49,16 @@ class StorageProcess(Supervised):
         on_progress: Callable[[Progress], None],
         on_corrupt: Callable[[Slots], None] = lambda slots: None,
         on_tick: Callable[[], None] = lambda: None,
+        cpus: Collection[int] | None = None,
     ) -> None:
         super().__init__(
-            "storage process", "flexkv_core.transfer.worker", spec.as_dict(), host, on_progress, on_tick
+            "storage process",
+            "flexkv_core.transfer.worker",
+            spec.as_dict(),
+            host,
+            on_progress,
+            on_tick,
+            cpus=cpus,
         )
         self.slot_count = slot_count(spec)
         self._spec = spec

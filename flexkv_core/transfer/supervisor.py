@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,7 @@ class Supervised:
         on_tick: called on that thread whenever a process begins to take commands, and while one does about every TICK_S, after
             :meth:`wake`, and when :attr:`wake_at` has come.
         environment: of the process; None for this one's.
+        cpus: where the process runs; None: where the thread runs that starts it.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class Supervised:
         on_progress: Callable[[Progress], None],
         on_tick: Callable[[], None],
         environment: Mapping[str, str] | None = None,
+        cpus: Collection[int] | None = None,
     ) -> None:
         assert host.handle.memory.pid == os.getpid(), "the host segment belongs to another process"
         self.restarts = 0
@@ -104,6 +106,7 @@ class Supervised:
         self._worker = worker
         self._settings = settings
         self._environment = environment
+        self._cpus = cpus
         self._host = host
         self._on_progress = on_progress
         self._on_tick = on_tick
@@ -315,7 +318,9 @@ class Supervised:
         return link
 
     def _new_link(self) -> ProcessLink:
-        return ProcessLink(self._worker, self._settings, self._host, self._table_fd, self._environment)
+        return ProcessLink(
+            self._worker, self._settings, self._host, self._table_fd, self._environment, self._cpus
+        )
 
     def _bring_up(self, link: ProcessLink) -> ProcessLink:
         with self._lock:
@@ -357,6 +362,7 @@ class ProcessLink:
         host: HostSegment,
         table_fd: int,
         environment: Mapping[str, str] | None,
+        cpus: Collection[int] | None,
     ) -> None:
         self.commands = Ring.create(COMMAND, RING_RECORDS)
         self.completions = Ring.create(COMPLETION, RING_RECORDS)
@@ -372,6 +378,7 @@ class ProcessLink:
             status_fd=status_fd,
             parent_pid=os.getpid(),
             log_level=logger.getEffectiveLevel(),
+            cpus=None if cpus is None else sorted(cpus),
         )
         fds = {
             host.handle.memory.fd,

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from flexkv_core.cli.demo.acts import first_and_second_act, ssd_settings
@@ -267,6 +268,22 @@ def test_data_parallel_engines_have_tiers_of_their_own(llama: Path, tmp_path: Pa
         assert len(segments) == 2
         assert len(list((tmp_path / "ssd").glob("flexkv-*/lock"))) == 2
     _assert_gone(segments)
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one CPU leaves none")
+def test_the_remote_process_keeps_off_the_cpus_that_vllm_binds(llama: Path, tmp_path: Path) -> None:
+    cpus = sorted(os.sched_getaffinity(0))
+    store = transfer_config({"host_bytes": "64MiB", "remote_url": f"dir:{tmp_path}/store"})
+    binding = {"VLLM_CPU_OMP_THREADS_BIND": str(cpus[0])}
+    with _server(llama, tmp_path, "--kv-transfer-config", store, **binding) as server:
+        with VllmClient(server.base_url) as client:
+            _assert_equal_hits(*_hits(client, prompt_tokens(1470, 1503)))
+        children = psutil.Process(server.pid).children(recursive=True)
+        (remote,) = (
+            child for child in children if "flexkv_core.transfer.remote_worker" in str(child.cmdline())
+        )
+        for thread in remote.threads():
+            assert sorted(os.sched_getaffinity(thread.id)) == cpus[1:]
 
 
 def test_real_model_through_a_stop_and_a_kill(demo_model: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flexkv_core.config import FlexKVConfig
+from flexkv_core.transfer.cpus import engine_cpus
 from flexkv_kernels import copier_over
 from flexkv_sglang.compat.engine import Engine
 from flexkv_sglang.compat.request import is_cacheable, view_of
@@ -106,6 +107,7 @@ def open_side(
         is_alone=engine.tp_size == 1,
         events=EventLog(model.layout.tokens_per_block) if has_events else None,
         behind_forward=partial(_on_stream, device, forward_stream),
+        cpus=engine_cpus() if device.type == "cpu" else None,
     )
     if not params.enable_metrics:
         return side, None

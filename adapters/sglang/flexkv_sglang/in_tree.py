@@ -24,6 +24,7 @@ from flexkv_core.quantised import check_quantisable
 from flexkv_core.serve.choice import open_blocks
 from flexkv_core.tasks import KVResponse, TaskDone
 from flexkv_core.token_tasks import first_true, token_array
+from flexkv_core.transfer.cpus import engine_cpus
 from flexkv_core.weights import weights_identity
 from flexkv_kernels import copier_over
 from flexkv_kernels.segments import pieces_of
@@ -211,7 +212,8 @@ class InTreeManager:
         shape = layout_for(segments, page, config)
         identity = {**self._model.identity, "kv": repr(layout), "kv_dtype": str(tensors[0].dtype)}
         copier = copier_over(segments, tensors[0].device, list(tensors), shape.scales)
-        blocks = open_blocks(ModelConfig(identity, shape, self._replica), config, copier)
+        cpus = engine_cpus() if tensors[0].device.type == "cpu" else None
+        blocks = open_blocks(ModelConfig(identity, shape, self._replica), config, copier, cpus=cpus)
         blocks.start()
         self.blocks, self.root = blocks, blocks.root
         if self._model.enable_metrics:

@@ -28,6 +28,7 @@ from flexkv_core.keys import KeyChain, namespace_root
 from flexkv_core.prefetch import Prefetcher
 from flexkv_core.serve.choice import open_blocks
 from flexkv_core.tasks import KVResponseStatus, TaskDone
+from flexkv_core.transfer.cpus import EngineCpus
 from flexkv_core.transfer.engine import TransferEngine
 from flexkv_core.transfer.plan import DeviceCopier
 from flexkv_core.types import KEY_BYTES
@@ -96,6 +97,7 @@ class SchedulerSide:
         is_alone: there is one rank.
         events: collects what came to the tiers and left them; None: nobody asks.
         behind_forward: a context in which the device's work, as the copier sees it, is that of the engine's forward.
+        cpus: of an engine that computes on CPUs.
 
     Raises:
         ConfigError: a setting or directory that cannot be used.
@@ -111,6 +113,7 @@ class SchedulerSide:
         is_alone: bool,
         events: EventLog | None = None,
         behind_forward: Callable[[], AbstractContextManager[object]] = nullcontext,
+        cpus: EngineCpus | None = None,
     ) -> None:
         self._config = config
         self._agree = agree
@@ -125,7 +128,7 @@ class SchedulerSide:
             verify=config.verify_checksums,
         )
         self._events = events
-        self.manager = open_blocks(model, config, self._engine, track_events=events is not None)
+        self.manager = open_blocks(model, config, self._engine, events is not None, cpus)
         self.manager.start()
         self._root = self.manager.root
         self._requests: OrderedDict[str, _Request] = OrderedDict()

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
+from vllm.platforms import current_platform
+
 from flexkv_core.block_manager import ModelConfig
 from flexkv_core.config import FlexKVConfig
 from flexkv_core.fetches import Fetches
@@ -22,6 +24,7 @@ from flexkv_core.keys import KeyChain, namespace_root
 from flexkv_core.prefetch import Prefetcher
 from flexkv_core.serve.choice import open_blocks
 from flexkv_core.tasks import KVResponseStatus, Purpose, TaskDone, prefix_length
+from flexkv_core.transfer.cpus import engine_cpus
 from flexkv_core.transfer.plan import Delivery, TransferOp
 from flexkv_core.types import KEY_BYTES, BlockIds, Direction
 from flexkv_core.verify import HitSampler
@@ -126,7 +129,8 @@ class SchedulerSide:
             layout,
             replica=data_parallel_index(vllm_config.parallel_config),
         )
-        self.manager = open_blocks(model, config, self._executor, track_events=self.events.enabled)
+        cpus = engine_cpus() if current_platform.is_cpu() else None  # the workers are ready
+        self.manager = open_blocks(model, config, self._executor, self.events.enabled, cpus)
         self.manager.start()
         self._counters = self.manager.counters()
         self._requests: dict[str, _RequestState] = {}
