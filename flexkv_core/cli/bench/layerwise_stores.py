@@ -16,9 +16,10 @@ from pathlib import Path
 from statistics import median
 
 from flexkv_core.cli.bench.layerwise import BLOCK_TOKENS, DTYPES, VALUES_PER_TOKEN
-from flexkv_core.cli.bench.overhead import compute_cpus, compute_dtype, ratio_figures
+from flexkv_core.cli.bench.overhead import compute_dtype, ratio_figures
 from flexkv_core.cli.harness.checkpoint import ensure_demo_model
 from flexkv_core.cli.harness.client import VllmClient
+from flexkv_core.cli.harness.cpus import compute_cpus
 from flexkv_core.cli.harness.server import CPU_ARGUMENTS, CPU_ENVIRONMENT, KV_TRANSFER_CONFIG, VllmServer
 
 PAIRS = 20

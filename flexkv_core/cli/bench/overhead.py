@@ -11,7 +11,6 @@ cores then none, so that the engine with a connector computes on twice as many (
 
 from __future__ import annotations
 
-import os
 import random
 import statistics
 import tempfile
@@ -21,6 +20,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from flexkv_core.cli.harness.checkpoint import ensure_demo_model
+from flexkv_core.cli.harness.cpus import compute_cpus
 from flexkv_core.cli.harness.server import (
     CPU_ARGUMENTS,
     CPU_ENVIRONMENT,
@@ -122,12 +122,6 @@ def compute_dtype() -> str:
     with open("/proc/cpuinfo") as lines:
         flags = next((line for line in lines if line.startswith("flags")), "")
     return "bfloat16" if " avx512f " in flags else "float32"
-
-
-def compute_cpus() -> str:
-    """All CPUs of this process but the last, which is left to the engine's other processes, as vLLM does without a connector."""
-    cpus = sorted(os.sched_getaffinity(0))
-    return ",".join(str(cpu) for cpu in cpus[:-1] or cpus)
 
 
 def ratio_figures(name: str, ones: Sequence[float], others: Sequence[float]) -> dict[str, float]:

@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 from statistics import median
 
-from flexkv_core.cli.bench.overhead import compute_cpus
 from flexkv_core.cli.harness.checkpoint import ensure_demo_model
 from flexkv_core.cli.harness.client import VllmClient
+from flexkv_core.cli.harness.cpus import compute_cpus
 from flexkv_core.cli.harness.server import CPU_ARGUMENTS, CPU_ENVIRONMENT, KV_TRANSFER_CONFIG, VllmServer
 
 TURNS = 4

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from flexkv_core.cli.harness.cpus import started_on
 from flexkv_core.cli.harness.stores import (
     mooncake_holder,
     mooncake_master,
@@ -157,17 +158,6 @@ def _ours(url: str, options: dict[str, str] | None = None) -> Iterator[_Ours]:
     host.close()
 
 
-@contextmanager
-def _on(cpus: set[int]) -> Iterator[None]:
-    """What is started meanwhile, threads and processes, runs on these."""
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cpus or before)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
-
-
 def _halves() -> tuple[set[int], set[int]]:
     """CPUs for servers and for clients."""
     cpus = sorted(_CPUS)
@@ -175,11 +165,11 @@ def _halves() -> tuple[set[int], set[int]]:
 
 
 def _servers_apart() -> AbstractContextManager[None]:
-    return _on(_halves()[0])
+    return started_on(_halves()[0])
 
 
 def _clients_apart() -> AbstractContextManager[None]:
-    return _on(_halves()[1])
+    return started_on(_halves()[1])
 
 
 def _names(batch: int) -> list[str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from enum import Enum
 
@@ -51,60 +52,84 @@ class Proxy:
     connections: int = 0
     requests: int = 0  # pieces from clients
 
-    async def serve(self, client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
+    async def listen(self, listener: socket.socket) -> None:
+        """Until it is cancelled, and all connections with it."""
+        loop = asyncio.get_running_loop()
+        connections: set[asyncio.Task[None]] = set()
+        try:
+            while True:
+                client, _ = await loop.sock_accept(listener)
+                task = asyncio.create_task(self._serve(client))
+                connections.add(task)
+                task.add_done_callback(connections.discard)
+        finally:
+            for task in connections:
+                task.cancel()
+            await asyncio.gather(*connections, return_exceptions=True)
+
+    async def _serve(self, client: socket.socket) -> None:
         """One connection."""
         self.connections += 1
-        if self.fault is Fault.DEAD:
-            to_client.close()
-            return
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.target, limit=self.piece_bytes)
-        try:
-            await asyncio.gather(self._up(client, writer, to_client), self._down(reader, to_client))
-        except (OSError, asyncio.IncompleteReadError):
-            pass
-        finally:
-            for stream in (writer, to_client):
-                with contextlib.suppress(OSError):
-                    stream.close()
+        with client, socket.socket() as server:
+            if self.fault is Fault.DEAD:
+                return
+            for end in (client, server):
+                end.setblocking(False)
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with contextlib.suppress(OSError):
+                await asyncio.get_running_loop().sock_connect(server, ("127.0.0.1", self.target))
+                await self._pass(client, server)
 
-    async def _up(
-        self, client: asyncio.StreamReader, writer: asyncio.StreamWriter, to_client: asyncio.StreamWriter
-    ) -> None:
-        while data := await client.read(self.piece_bytes):
+    async def _pass(self, client: socket.socket, server: socket.socket) -> None:
+        ways = [asyncio.create_task(way) for way in (self._up(client, server), self._down(server, client))]
+        try:
+            await asyncio.gather(*ways)
+        finally:  # neither may wait for a socket that is closed
+            for way in ways:
+                way.cancel()
+            await asyncio.gather(*ways, return_exceptions=True)
+
+    async def _up(self, client: socket.socket, server: socket.socket) -> None:
+        send = asyncio.get_running_loop().sock_sendall
+        async for data in self._pieces(client):
             self.requests += 1
             if self.fault is Fault.DEAD:
                 raise ConnectionError
             if self.fault in _HTTP:
-                if b" HTTP/1.1\r\n" in data:
-                    to_client.write(_http_error(self.fault))
-                    await to_client.drain()
+                if b" HTTP/1.1\r\n" in bytes(data):
+                    await send(client, _http_error(self.fault))
                     raise ConnectionError
                 continue
             if self.fault is not Fault.BLACK_HOLE:
-                writer.write(data)
-                await writer.drain()
-        writer.close()
+                await send(server, data)
+        server.shutdown(socket.SHUT_WR)
 
-    async def _down(self, reader: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
-        while data := await reader.read(self.piece_bytes):
+    async def _down(self, server: socket.socket, client: socket.socket) -> None:
+        send = asyncio.get_running_loop().sock_sendall
+        async for data in self._pieces(server):
             if self.fault is Fault.BLACK_HOLE:
                 await asyncio.sleep(3600)
             if self.fault is Fault.SLOW:
                 await asyncio.sleep(self.delay_s)
             if self.fault is Fault.DRIP:
                 for at in range(len(data)):
-                    to_client.write(data[at : at + 1])
+                    await send(client, data[at : at + 1])
                     await asyncio.sleep(0.1)
                 continue
             if self.fault is Fault.TRUNCATE and len(data) > 1000:
-                to_client.write(data[: len(data) // 2])
-                await to_client.drain()
+                await send(client, data[: len(data) // 2])
                 raise ConnectionError
             if self.fault is Fault.CORRUPT and len(data) > 1000:
-                data = data[:-200] + bytes(byte ^ 0x55 for byte in data[-200:-100]) + data[-100:]
-            to_client.write(data)
-            await to_client.drain()
-        to_client.close()
+                data[-200:-100] = bytes(byte ^ 0x55 for byte in data[-200:-100])
+            await send(client, data)
+        client.shutdown(socket.SHUT_WR)
+
+    async def _pieces(self, end: socket.socket) -> AsyncIterator[memoryview]:
+        """What comes, in one buffer: a proxy that stands for a network shall not cost much of its own."""
+        loop = asyncio.get_running_loop()
+        buffer = memoryview(bytearray(self.piece_bytes))
+        while count := await loop.sock_recv_into(end, buffer):
+            yield buffer[:count]
 
 
 @contextlib.contextmanager
@@ -112,28 +137,23 @@ def proxy_to(target: int, fault: Fault = Fault.NONE, piece_bytes: int = PIECE_BY
     """A proxy to a server on loopback, with an event loop on a thread of its own."""
     proxy = Proxy(target, piece_bytes, fault=fault)
     loop = asyncio.new_event_loop()
-    started = threading.Event()
+    with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
+        listener.setblocking(False)
+        proxy.port = listener.getsockname()[1]
+        serving = loop.create_task(proxy.listen(listener))
 
-    def run() -> None:
-        asyncio.set_event_loop(loop)
-        server = loop.run_until_complete(asyncio.start_server(proxy.serve, "127.0.0.1", 0, limit=piece_bytes))
-        proxy.port = server.sockets[0].getsockname()[1]
-        started.set()
-        loop.run_forever()
-        server.close()
-        for task in asyncio.all_tasks(loop):
-            task.cancel()
-        loop.run_until_complete(asyncio.sleep(0))
-        loop.close()
+        def run() -> None:
+            with contextlib.suppress(asyncio.CancelledError):
+                loop.run_until_complete(serving)
+            loop.close()
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    assert started.wait(10)
-    try:
-        yield proxy
-    finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(10)
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        try:
+            yield proxy
+        finally:
+            loop.call_soon_threadsafe(serving.cancel)
+            thread.join(10)
 
 
 def _http_error(fault: Fault) -> bytes:
