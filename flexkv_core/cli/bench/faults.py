@@ -34,8 +34,9 @@ from flexkv_core.cli.harness.stores import redis_server
 REQUESTS, QUICK_REQUESTS = 200, 10
 TURN_REQUESTS = 10  # before the other server has its turn
 PROMPT_TOKENS = 130
-CONTROL_TOKENS = 127
-"""One token less than the blocks of a prompt that the store is asked about: FlexKV keeps it in host memory only."""
+CONTROL_TOKENS = 126
+REMOTE_TOKENS_MIN = 128
+"""Two blocks, which a prompt has and a control with its answer has not: FlexKV keeps that in host memory only."""
 ANSWER_TOKENS = 2
 LAYERS = 10
 """Of the demo's model, which has 30, with weights of no meaning: what a store costs depends on neither, and 1,200 requests of all layers take
@@ -151,8 +152,8 @@ def _servers(store_first: bool) -> Iterator[tuple[ProxyProcess, VllmClient, Vllm
         sides = {
             "with": {
                 "remote_url": f"valkey://127.0.0.1:{proxy.port}",
-                "remote_read_tokens_min": CONTROL_TOKENS + 1,
-                "remote_write_tokens_min": CONTROL_TOKENS + 1,
+                "remote_read_tokens_min": REMOTE_TOKENS_MIN,
+                "remote_write_tokens_min": REMOTE_TOKENS_MIN,
             },
             "without": {},
         }
