@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import numpy as np
 import numpy.typing as npt
@@ -44,8 +44,9 @@ class ObservedProcess(StorageProcess):
         on_progress: Callable[[Progress], None],
         on_corrupt: Callable[[Slots], None],
         on_tick: Callable[[], None],
+        cpus: Collection[int] | None,
     ) -> None:
-        super().__init__(spec, host, self._observe, self._observe_corrupt, on_tick)
+        super().__init__(spec, host, self._observe, self._observe_corrupt, on_tick, cpus)
         self._observer = observer
         self._tell = on_progress
         self._tell_corrupt = on_corrupt
@@ -111,7 +112,8 @@ def install(observer: Observer, write_bytes: int) -> None:
         on_progress: Callable[[Progress], None],
         on_corrupt: Callable[[Slots], None],
         on_tick: Callable[[], None],
+        cpus: Collection[int] | None,
     ) -> ObservedProcess:
-        return ObservedProcess(observer, spec, host, on_progress, on_corrupt, on_tick)
+        return ObservedProcess(observer, spec, host, on_progress, on_corrupt, on_tick, cpus)
 
     vars(ssd_link).update(StorageProcess=make, WRITE_BYTES=write_bytes)
