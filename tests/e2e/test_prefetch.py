@@ -7,6 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 
 from flexkv_core.cli.harness.client import VllmClient
@@ -125,20 +126,25 @@ def test_real_server(llama: Path, stored: tuple[Path, list[Answer]], tmp_path: P
     environment = {**CPU_ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
     with VllmServer(llama, arguments, environment, tmp_path / "server.log") as server:
 
-        def ask(prompt: list[int], tokens: int) -> tuple[int, ...]:
+        def ask(prompt: list[int]) -> tuple[int, ...]:
             with VllmClient(server.base_url) as client:
-                return client.complete(prompt, tokens).token_ids
+                return client.complete(prompt, 8).token_ids
 
-        with ThreadPoolExecutor(8) as pool, VllmClient(server.base_url) as client:
-            long = pool.submit(ask, LONG[3], 1500)
-            time.sleep(0.5)
-            answers = [pool.submit(ask, prompt, 8) for prompt in PROMPTS]
-            deadline = time.monotonic() + 30
-            while (found := client.metrics().total("vllm:flexkv_prefetched_blocks_total")) < 60:
-                assert time.monotonic() < deadline, found
-                time.sleep(0.1)
-            assert not long.done(), "the blocks came while the first request ran"
-            assert not any(answer.done() for answer in answers)
-            long.result()
+        with ThreadPoolExecutor(len(PROMPTS)) as pool, VllmClient(server.base_url) as client:
+            # More tokens than the test waits for; the server aborts it when the connection is closed.
+            body = {"prompt": LONG[3], "max_tokens": 3900, "ignore_eos": True, "stream": True}
+            with httpx.stream("POST", f"{server.base_url}/v1/completions", json=body, timeout=60) as running:
+                lines = running.iter_lines()  # held on to: with it the connection would be closed
+                assert next(lines).startswith("data: {"), "it is scheduled: what follows waits"
+                answers = [pool.submit(ask, prompt) for prompt in PROMPTS]
+                deadline = time.monotonic() + 30
+                while True:
+                    metrics = client.metrics()
+                    assert metrics.total("vllm:request_success_total") == 0, "the first request still runs"
+                    found = metrics.total("vllm:flexkv_prefetched_blocks_total")
+                    if found == 60:
+                        break
+                    assert time.monotonic() < deadline, found
+                    time.sleep(0.1)
             assert [answer.result() for answer in answers] == [wanted.token_ids for wanted in expected]
             assert client.metrics().total("vllm:flexkv_ssd_read_blocks_total") == 60
