@@ -21,8 +21,8 @@ class Patience:
 
     def __init__(
         self,
-        share: float = 0.005,
-        seconds_first: float = 0.1,
+        share: float = 0.002,
+        seconds_first: float = 0.05,
         seconds_max: float = 0.5,
         free_s: float = 0.005,
         pause_max_s: float = 1.0,
