@@ -57,7 +57,7 @@ _TOKEN_IDS = range(100, 40_000)
 def run(quick: bool = False) -> dict[str, float | bool]:
     """For each fault ``throughput_ratio_<fault>`` (requests a second with the bad store / without a remote tier) and
     ``ttft_ratio_<fault>`` (median time to first token without / with); ``…_ratio_control_<fault>``, the same of prompts that have
-    nothing to do with the store; and what FlexKV counted. Over twenty minutes."""
+    nothing to do with the store; and what FlexKV counted. Over half an hour."""
     starts = 1 if quick else STARTS
     requests = QUICK_REQUESTS if quick else REQUESTS
     rng = random.Random(_SEED)
