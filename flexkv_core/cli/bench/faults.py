@@ -5,8 +5,7 @@ until then, and servers of its own: a circuit breaker that one fault has opened 
 up in the store, computed, and would be written. As in ``overhead``, both compute on the same cores, one idles while the other answers, and
 both are started more than once, in alternating order. Even so two servers of one command differ by up to a tenth for as long as they live. So
 every second turn is a control, of prompts that are too short for the store by a few tokens: it tells how much of a ratio is the servers' own.
-Store and proxy stand for another machine: they have the least weight, and run where
-the engines do not compute.
+Store and proxy stand for another machine: they have the least weight, and run where the engines do not compute.
 """
 
 from __future__ import annotations
@@ -45,8 +44,8 @@ SLOW_S = 0.05
 """Of each answer: more than 100 times what this store takes on loopback (0.3 ms)."""
 STARTS = 4
 _STORE_OPTIONS = ("--maxmemory", "16mb", "--maxmemory-policy", "allkeys-lru")
-"""Prompts are new each time, so what it forgets costs nothing; memory that it takes anew does: in a virtual machine five times what the write
-itself takes, from the cores that the engines compute on."""
+"""Prompts are new each time, so what it forgets costs nothing. Memory that it takes anew does: 10 ms of a core per request in a virtual machine,
+where both writes take 1, and next to the cores that the engines compute on."""
 FAULTS = {"dead": Fault.DEAD, "black_hole": Fault.BLACK_HOLE, "slow": Fault.SLOW}
 _COUNTERS = ("lookups", "late_lookups", "failures", "breaker_openings", "written_blocks")
 _WARM_UP_REQUESTS = 6
