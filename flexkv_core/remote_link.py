@@ -2,9 +2,10 @@
 
 Read path, a fetch: which prefix the store has beyond the local tiers is asked, or known; then host slots are taken as for
 a put, filled from the store in pieces, verified, and published, after which they are ordinary hits. Nobody waits for a fetch beyond its
-deadlines: its request is told then, and what arrives later serves the next one. With ``remote_wait_ms`` a fetch that finds less than the
-whole sequence looks again for so long, because another engine may be writing the rest. Write path: sequences that the policy chooses wait in a
-bounded queue, see :mod:`flexkv_core.remote_writes`.
+deadlines: its request is told then, and what arrives later serves the next one. Lookups that no request may wait for (see ``Patience``)
+are sent by the supervisor's thread, one after the other: neither a step that is being scheduled nor another lookup shall wait for them. With
+``remote_wait_ms`` a fetch that finds less than the whole sequence looks again for so long, because another engine may be writing the rest.
+Write path: sequences that the policy chooses wait in a bounded queue, see :mod:`flexkv_core.remote_writes`.
 
 The store is key-addressed and holds no record of ours, so nothing here must agree with other machines. The manager's lock guards every
 call; the remote process reports on a thread of its own, which takes that lock.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from enum import Enum
@@ -47,6 +49,8 @@ HOST_SHARE = 2
 """One fetch fills at most one in this many slots of the host tier: it must not evict its own beginning."""
 FETCHES_MAX = 64
 """Under way at a time; a request beyond it does without."""
+DEFERRED_MAX = 16
+"""Lookups that nobody waits for, and that wait for their turn; beyond it the oldest is not asked."""
 MISSING_S = 1.0
 """How long the store is believed not to have a block. Other machines write all the time."""
 LOOK_AGAIN_S, LOOK_AGAIN_SHARE = 0.02, 0.25
@@ -141,6 +145,7 @@ class RemoteLink:
         self._fetch_blocks_max = max(1, cache.capacity(Tier.HOST) // HOST_SHARE)
         self._ops: dict[int, _Op] = {}
         self._watched: list[_Fetch] = []  # between two looks
+        self._deferred: deque[_Fetch] = deque()  # looked for later, for the requests to come
         self._by_first_missing: dict[bytes, _Fetch] = {}
         self._epoch = 0
         self._presence = Presence(config.remote_known_s, MISSING_S)
@@ -209,15 +214,31 @@ class RemoteLink:
         fetch.found = self._presence.prefix(keys, local)
         is_missing = not self._config.remote_wait_ms and self._presence.is_missing(_key(keys, fetch.found))
         is_known = fetch.found == asked or is_missing
+        if not is_known and not self._may_wait():
+            self._defer(fetch)
+            return False
         begun = self._begin_reading(fetch) if is_known else self._look_up(fetch)
         if not begun:
             self._forget(fetch)
             return False
-        self._process.wake_at = min(self._process.wake_at, fetch.deadline)
-        self._process.wake()
+        self._process.wake(fetch.deadline)
         if fetch.is_probe:
             fetch.on_end = None
         return not fetch.is_probe
+
+    def _defer(self, fetch: _Fetch) -> None:
+        fetch.on_end, fetch.is_probe = None, True
+        self._by_first_missing[_key(fetch.keys, fetch.next_block)] = fetch
+        self._deferred.append(fetch)
+        if len(self._deferred) > DEFERRED_MAX:
+            self._forget(self._deferred.popleft())
+
+    def _look_up_deferred(self) -> None:
+        """The next one, if none is under way."""
+        while self._deferred and not any(op.plan is None and op.fetch.is_probe for op in self._ops.values()):
+            fetch = self._deferred.popleft()
+            if fetch.epoch != self._epoch or not self._look_up(fetch):
+                self._forget(fetch)
 
     def _look_up(self, fetch: _Fetch) -> bool:
         allowed = self._lookup_breaker.ask()
@@ -228,7 +249,7 @@ class RemoteLink:
         if not self._process.lookup(op, unknown, fetch.epoch):
             return False
         self._lookups += 1
-        fetch.is_probe |= allowed is Allow.PROBE or not self._may_wait()
+        fetch.is_probe |= allowed is Allow.PROBE
         fetch.phase, fetch.deadline = _Phase.LOOKING, _in_ms(self._config.remote_lookup_deadline_ms)
         self._ops[op] = _Op(fetch, _dropped(len(unknown) // KEY_BYTES))
         self._by_first_missing[_key(fetch.keys, fetch.next_block)] = fetch
@@ -313,7 +334,7 @@ class RemoteLink:
         if left_s < 0 or fetch.is_late or fetch.is_probe or fetch.on_end is None:
             return False
         self._watched.append(fetch)
-        self._process.wake_at = min(self._process.wake_at, fetch.look_at)
+        self._process.wake(fetch.look_at)
         return True
 
     def _look_again(self, now: float) -> None:
@@ -355,6 +376,8 @@ class RemoteLink:
         good = prefix_length(statuses == BlockStatus.OK)
         if good < plan.count:
             self._presence.forget_found(fetch.keys, plan.start_block + good)
+            # A write of the whole sequence begins behind this: a search from its first block could miss the hole.
+            self._presence.note_found(fetch.keys[: KEY_BYTES * (plan.start_block + good)])
             self._presence.note_missing(keys[good].tobytes())
         if failed.any() or corrupt.all() or op.is_lost:
             self._failures += 1
@@ -430,9 +453,11 @@ class RemoteLink:
                 if now >= fetch.deadline:
                     self._note_late(fetch)
             self._look_again(now)
+            self._look_up_deferred()
             left = [op.fetch.deadline for op in self._ops.values() if not op.fetch.is_late]
             left += [fetch.look_at for fetch in self._watched]
-            self._process.wake_at = min(left, default=float("inf"))
+            if left:
+                self._process.wake(min(left))
             self._writes.pump()
             self._lock.notify_all()  # the process may have come up
 
@@ -454,6 +479,7 @@ class RemoteLink:
         del self._ops[progress.op]
         if progress.kind is CommandKind.EXISTS:
             self._take_lookup(op)
+            self._look_up_deferred()
         else:
             self._take_read(op)
 

@@ -32,6 +32,9 @@ WRITES_MAX = 2
 SEQUENCES_MAX = 1024
 """That wait, whatever their length: their keys take up to 16 bytes a block."""
 OFFERED_MAX = 65536
+BEGIN_S = 0.02
+"""A write begins so long after it was offered. Blocks are offered when a step has ended; by then the next one computes, and the engine's
+scheduler has time to spare."""
 AGAIN_S = 600.0
 """A sequence that is used again and again is offered again after this long: the store may have dropped it meanwhile."""
 
@@ -104,7 +107,7 @@ class RemoteWrites:
             _, dropped = self._waiting.popitem(last=False)
             self._waiting_blocks -= dropped.block_count
             self.dropped_blocks += dropped.block_count
-        self._process.wake()
+        self._process.wake(time.monotonic() + BEGIN_S)
 
     def offer_again(self, keys: bytes) -> None:
         """A sequence is used that may have been written before."""

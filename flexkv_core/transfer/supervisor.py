@@ -27,6 +27,7 @@ import numpy.typing as npt
 from flexkv_core.errors import CapacityError, ConfigError, FlexKVError, StorageError
 from flexkv_core.storage.base import BlockStatus, Statuses
 from flexkv_core.storage.memory import HostSegment, arrival_mark
+from flexkv_core.transfer.alarm import Alarm
 from flexkv_core.transfer.child import WorkerSpec
 from flexkv_core.transfer.ring import COMMAND, COMPLETION, Array, CommandKind, Ring
 from flexkv_core.types import Slots
@@ -83,8 +84,8 @@ class Supervised:
         settings: what it is told on its stdin, JSON-serialisable.
         host: the host tier; this process must own it.
         on_progress: called on the supervisor's thread, for every block of every accepted batch.
-        on_tick: called on that thread whenever a process begins to take commands, and while one does about every TICK_S, after
-            :meth:`wake`, and when :attr:`wake_at` has come.
+        on_tick: called on that thread whenever a process begins to take commands, and while one does about every TICK_S, and when
+            :meth:`wake` says.
         environment: of the process; None for this one's.
         cpus: where the process runs; None: where the thread runs that starts it.
     """
@@ -116,8 +117,8 @@ class Supervised:
         self._link: ProcessLink | None = None  # None while no process takes commands
         self._closing = False
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._tick_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self.wake_at = float("inf")  # time.monotonic(); set by on_tick, or before wake()
+        self._alarm = Alarm()
+        self._tick_at = 0.0  # when it rings, time.monotonic()
         self._table_fd = -1
         self._thread = threading.Thread(target=self._watch, name=name, daemon=True)
 
@@ -132,9 +133,11 @@ class Supervised:
         link = self._link
         return -1 if link is None else link.process.pid
 
-    def wake(self) -> None:
-        """Have on_tick called soon, while a process takes commands."""
-        os.eventfd_write(self._tick_fd, 1)
+    def wake(self, at: float) -> None:
+        """Have on_tick called at that ``time.monotonic()``, or earlier, while a process takes commands. Wakes no thread before."""
+        with self._lock:
+            if at < self._tick_at and not self._closing:
+                self._set_tick(at)
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Stop: what was accepted is written within ``timeout_s``, the rest is reported as dropped. May be called twice."""
@@ -164,7 +167,8 @@ class Supervised:
         ):  # the kernel holds a process that waits for a dead disk; it ends when the disk answers
             logger.error("%s: still not gone; left behind", self._name)
             return
-        for fd in (self._wake_fd, self._tick_fd, self._table_fd):
+        self._alarm.close()
+        for fd in (self._wake_fd, self._table_fd):
             if fd >= 0:
                 os.close(fd)
 
@@ -222,21 +226,26 @@ class Supervised:
     def _serve(self, link: ProcessLink) -> None:
         """Until the process has ended."""
         poll = select.poll()
-        for fd in (link.completions.fileno(), link.pid_fd, self._tick_fd):
+        for fd in (link.completions.fileno(), link.pid_fd, self._alarm.fileno()):
             poll.register(fd, select.POLLIN)
-        next_tick = 0.0
+        self._tick()
         while True:
-            if min(next_tick, self.wake_at) <= time.monotonic():
-                self.wake_at, next_tick = float("inf"), time.monotonic() + TICK_S
-                self._guard(self._on_tick)
-            left_s = max(0.0, min(next_tick, self.wake_at) - time.monotonic())
-            ready = {fd for fd, _ in poll.poll(left_s * 1000)}
-            if self._tick_fd in ready:
-                os.eventfd_read(self._tick_fd)
-                next_tick = 0.0
+            ready = {fd for fd, _ in poll.poll()}
+            if self._alarm.fileno() in ready:
+                self._alarm.silence()
+                self._tick()
             self._take(link)
             if link.pid_fd in ready:
                 return
+
+    def _tick(self) -> None:
+        with self._lock:
+            self._set_tick(time.monotonic() + TICK_S)
+        self._guard(self._on_tick)
+
+    def _set_tick(self, at: float) -> None:
+        self._tick_at = at
+        self._alarm.set(at)
 
     def _guard(self, call: Callable[[], None]) -> None:
         """The thread's edge: a fault of the manager's must not leave other batches without an end."""

@@ -5,6 +5,7 @@ until then, and servers of its own: a circuit breaker that one fault has opened 
 up in the store, computed, and would be written. As in ``overhead``, both compute on the same cores, one idles while the other answers, and
 both are started more than once, in alternating order. Even so two servers of one command differ by up to a tenth for as long as they live. So
 every second turn is a control, of prompts that are too short for the store by a few tokens: it tells how much of a ratio is the servers' own.
+Turns come in random order, and the standard error over them tells how much of a ratio is the machine's.
 Store and proxy stand for another machine: they have the least weight, and run where the engines do not compute.
 """
 
@@ -16,7 +17,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,7 +57,7 @@ _TOKEN_IDS = range(100, 40_000)
 def run(quick: bool = False) -> dict[str, float | bool]:
     """For each fault ``throughput_ratio_<fault>`` (requests a second with the bad store / without a remote tier) and
     ``ttft_ratio_<fault>`` (median time to first token without / with); ``…_ratio_control_<fault>``, the same of prompts that have
-    nothing to do with the store; and what FlexKV counted. Over half an hour."""
+    nothing to do with the store; ``…_error``, the standard error over the turns; and what FlexKV counted. Over half an hour."""
     starts = 1 if quick else STARTS
     requests = QUICK_REQUESTS if quick else REQUESTS
     rng = random.Random(_SEED)
@@ -102,6 +103,14 @@ class _Answers:
         """Without / with a store."""
         return _ttft_ms(self.without) / _ttft_ms(self.with_store)
 
+    def error(self, value: Callable[[list[Completion]], float]) -> float:
+        """Of the ratio of this value: the standard error over the turns; 0 of a single one."""
+        turns = [
+            value(self.without[at : at + TURN_REQUESTS]) / value(self.with_store[at : at + TURN_REQUESTS])
+            for at in range(0, len(self.without), TURN_REQUESTS)
+        ]
+        return statistics.stdev(turns) / len(turns) ** 0.5 if len(turns) > 1 else 0.0
+
 
 def _seconds(answers: list[Completion]) -> float:
     return sum(answer.total_ms for answer in answers) / 1e3
@@ -114,7 +123,9 @@ def _ttft_ms(answers: list[Completion]) -> float:
 def _figures(name: str, struck: _Answers, control: _Answers) -> dict[str, float | bool]:
     return {
         f"throughput_ratio_{name}": struck.throughput_ratio,
+        f"throughput_ratio_{name}_error": struck.error(_seconds),
         f"ttft_ratio_{name}": struck.ttft_ratio,
+        f"ttft_ratio_{name}_error": struck.error(_ttft_ms),
         f"throughput_ratio_control_{name}": control.throughput_ratio,
         f"ttft_ratio_control_{name}": control.ttft_ratio,
         f"ttft_with_{name}_ms": _ttft_ms(struck.with_store),
@@ -128,14 +139,16 @@ def _in_turns(
     clients: tuple[VllmClient, VllmClient], answers: dict[int, _Answers], count: int, rng: random.Random
 ) -> None:
     """Adds the answers of both servers, with a store and without, to the same ``count`` prompts of each of these lengths."""
-    for turn, start in enumerate(range(0, count, TURN_REQUESTS)):
+    for start in range(0, count, TURN_REQUESTS):
+        turns: list[tuple[VllmClient, list[Completion], list[list[int]]]] = []
         for tokens, both in answers.items():
             size = min(TURN_REQUESTS, count - start)
             prompts = [rng.choices(_TOKEN_IDS, k=tokens) for _ in range(size)]
-            sides = list(zip(clients, (both.with_store, both.without), strict=True))
-            for client, found in sides if turn % 2 else reversed(sides):
-                time.sleep(TURN_PAUSE_S)
-                found.extend(client.complete(prompt, tokens_max=ANSWER_TOKENS) for prompt in prompts)
+            turns += [(clients[0], both.with_store, prompts), (clients[1], both.without, prompts)]
+        rng.shuffle(turns)
+        for client, found, prompts in turns:
+            time.sleep(TURN_PAUSE_S)
+            found.extend(client.complete(prompt, tokens_max=ANSWER_TOKENS) for prompt in prompts)
 
 
 @contextmanager
