@@ -32,6 +32,21 @@ def test_waiting_in_vain_takes_a_share_of_the_time_that_passes() -> None:
     assert 0.004 < waited(patience, clock, 4000, 0.0) / (4000 * 0.25) < 0.006
 
 
+def test_unless_told_otherwise_the_bounds_are_those_of_the_readme() -> None:
+    clock = Clock()
+    patience = Patience(clock=clock)
+    patience.spend(0.05)
+    assert patience.is_left, "a twentieth of a second, and the first 5 ms of a wait do not count"
+    patience.spend(0.011)
+    assert not patience.is_left
+    assert 0.0018 < waited(patience, clock, 40_000, 0.0) / (40_000 * 0.25) < 0.0026
+    patience.restore()
+    patience.spend(0.5)
+    assert patience.is_left, "half a second"
+    patience.spend(0.011)
+    assert not patience.is_left
+
+
 def test_a_store_that_never_had_anything_is_waited_for_a_moment() -> None:
     clock = Clock()
     patience = Patience(share=0.0, seconds_first=0.1, seconds_max=0.5, free_s=0.0, clock=clock)
