@@ -33,8 +33,8 @@ SEQUENCES_MAX = 1024
 """That wait, whatever their length: their keys take up to 16 bytes a block."""
 OFFERED_MAX = 65536
 BEGIN_S = 0.02
-"""A write begins so long after it was offered. Blocks are offered when a step has ended; by then the next one computes, and the engine's
-scheduler has time to spare."""
+"""The thread that writes is woken so long after an offer; awake for another reason, it begins at once. Blocks are offered when a step has ended;
+by then the next one computes, and the engine's scheduler has time to spare."""
 AGAIN_S = 600.0
 """A sequence that is used again and again is offered again after this long: the store may have dropped it meanwhile."""
 

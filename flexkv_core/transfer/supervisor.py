@@ -244,6 +244,7 @@ class Supervised:
         self._guard(self._on_tick)
 
     def _set_tick(self, at: float) -> None:
+        """Under the lock."""
         self._tick_at = at
         self._alarm.set(at)
 
